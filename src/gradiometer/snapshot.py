@@ -1,0 +1,213 @@
+"""A frozen view of one moment of training: all that an observable may look at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._types import Forward
+from .errors import MissingFieldError
+
+_SUPPLIED_BY = {
+    "probe": "Monitor(probe=...) or the first call of monitor.micro_batch(x, y)",
+    "chunks": "monitor.micro_batch(x, y) around each forward and backward, then monitor.before_step()",
+    "update": "monitor.before_step() before the optimizer's step",
+    "work": "monitor.before_step() before the optimizer's step",
+    "weights": "the optimizer's step itself",
+    "batch_size": "monitor.micro_batch(x, y) around each forward and backward",
+    "dataset_size": "Monitor(dataset_size=...)",
+}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The fixed batch on which kernels and Jacobians are evaluated.
+
+    Args:
+        inputs: What the model takes, first dimension the examples.
+        targets: Their targets, or ``None``.
+    """
+
+    inputs: Any
+    targets: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """The optimizer's settings for one parameter group, as they stand at this step.
+
+    Args:
+        name: The group's ``name`` entry, or its index.
+        lr: Learning rate.
+        momentum: Heavy-ball or Nesterov coefficient; 0 where the optimizer has none.
+        dampening: Dampening, 0 without momentum.
+        nesterov: Whether the momentum is Nesterov's.
+        weight_decay: L2 coefficient (SGD) or decoupled decay.
+        is_sgd: Whether the update is exactly that of ``torch.optim.SGD``.
+    """
+
+    name: str
+    lr: float
+    momentum: float
+    dampening: float
+    nesterov: bool
+    weight_decay: float
+    is_sgd: bool
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Squared gradient norms of parts of one batch, as the backward pass left them.
+
+    Args:
+        source: ``"per example"`` or ``"micro-batches"``.
+        sq_norms: Squared norm of each part's contribution to the gradient, loss scale removed.
+        sizes: Examples in each part.
+        batch_sq_norm: Squared norm of the whole gradient over the same parameters, before clipping.
+        parameters: Number of parameters behind these norms.
+        coverage: Their share of all trainable parameters.
+        skipped: Why the others are missing, by parameter name.
+
+    Shapes:
+        sq_norms and sizes ``[k]``, batch_sq_norm scalar.
+    """
+
+    source: str
+    sq_norms: Tensor
+    sizes: Tensor
+    batch_sq_norm: Tensor
+    parameters: int
+    coverage: float
+    skipped: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update of one step, by parameter group.
+
+    Args:
+        displacement_sq: Squared norm of ``theta_t - theta_{t+1}``.
+        displacement_dot_velocity: Its inner product with torch's momentum buffer; 0 without Nesterov.
+
+    Shapes:
+        Each ``[G]``.
+    """
+
+    displacement_sq: Tensor
+    displacement_dot_velocity: Tensor
+
+
+@dataclass(frozen=True)
+class Work:
+    """Inner products with the weights before the step, by parameter group; for verification.
+
+    Args:
+        weight_dot_gradient: ``theta_t . g_t`` with the gradient the optimizer used, L2 term included;
+            ``nan`` for optimizers other than SGD.
+        weight_dot_displacement: ``theta_t . (theta_t - theta_{t+1})``.
+
+    Shapes:
+        Each ``[G]``.
+    """
+
+    weight_dot_gradient: Tensor
+    weight_dot_displacement: Tensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """State functions of the weights after the step, by parameter group.
+
+    Args:
+        sq_norm: Squared norm of the weights.
+        dot_velocity: Inner product of the weights with torch's momentum buffer, 0 without one.
+        updates: Number of optimizer steps seen so far, scalar.
+
+    Shapes:
+        sq_norm and dot_velocity ``[G]``, updates scalar.
+    """
+
+    sq_norm: Tensor
+    dot_velocity: Tensor
+    updates: Tensor
+
+
+_UNSET: Any = object()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One moment of training. A missing field raises and names the call that supplies it.
+
+    Args:
+        step: The optimizer step under which this batch's loss is logged.
+        model: The model.
+        forward: Maps model and inputs to outputs ``[N, O]``.
+        groups: The optimizer's settings by parameter group.
+        loss_reduction: ``"mean"`` or ``"sum"`` over the examples of a batch.
+        batch_size: Examples behind this step's gradient.
+        dataset_size: Examples in the training set.
+        probe: The fixed batch.
+        chunks: Gradient norms of parts of the batch.
+        update: The update this step made.
+        work: Inner products for verification.
+        weights: State functions of the weights after the step.
+
+    Raises:
+        MissingFieldError: On reading a field that was not supplied.
+
+    Example:
+        >>> Snapshot(step=3, model=nn.Linear(1, 1)).probe
+        Traceback (most recent call last):
+            ...
+        gradiometer.errors.MissingFieldError: the snapshot of step 3 has no 'probe'. It is supplied by Monitor(probe=...) or the first call of monitor.micro_batch(x, y).
+    """  # noqa: E501
+
+    step: int
+    model: nn.Module = _UNSET
+    forward: Forward = _UNSET
+    groups: tuple[GroupSettings, ...] = _UNSET
+    loss_reduction: str = "mean"
+    batch_size: int = _UNSET
+    dataset_size: int = _UNSET
+    probe: Probe = _UNSET
+    chunks: Chunks = _UNSET
+    update: Update = _UNSET
+    work: Work = _UNSET
+    weights: Weights = _UNSET
+
+    def __getattribute__(self, name: str) -> Any:
+        """Refuse a field that nobody supplied."""
+        value = object.__getattribute__(self, name)
+        if value is _UNSET:
+            source = _SUPPLIED_BY.get(name, f"Snapshot({name}=...)")
+            step = object.__getattribute__(self, "step")
+            raise MissingFieldError(
+                f"the snapshot of step {step} has no {name!r}", fix=f"It is supplied by {source}."
+            )
+        return value
+
+    def has(self, name: str) -> bool:
+        """Whether a field was supplied.
+
+        Args:
+            name: A field.
+        """
+        return object.__getattribute__(self, name) is not _UNSET
+
+    def replace(self, **fields: Any) -> Snapshot:
+        """A copy with more fields.
+
+        Args:
+            fields: What to add.
+        """
+        given = {
+            f.name: object.__getattribute__(self, f.name)
+            for f in dataclasses.fields(self)
+            if self.has(f.name)
+        }
+        return Snapshot(**{**given, **fields})
