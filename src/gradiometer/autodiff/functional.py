@@ -1,0 +1,284 @@
+"""Call a module as a pure function, without leaving a trace on it.
+
+``measuring`` puts a model aside safely: evaluation mode, random state, autocast and attention kernels
+are restored afterwards. ``pure_function`` turns a module into ``f(parameters, x)``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from .._types import Forward
+from ..errors import InputError
+
+PureFunction = Callable[[Mapping[str, Tensor], Any], Tensor]
+
+
+def call(model: nn.Module, x: Any) -> Any:
+    """``model(x)``, with mappings spread as keyword arguments.
+
+    Args:
+        model: A module.
+        x: A tensor, or a mapping of keyword arguments.
+
+    Raises:
+        InputError: If the module has no ``forward`` of its own.
+    """
+    try:
+        return model(**x) if isinstance(x, Mapping) else model(x)
+    except NotImplementedError as error:
+        raise InputError(
+            f"{type(model).__name__} has no usable forward",
+            fix="Pass forward=lambda model, x: ... that returns outputs [N, O]; "
+            'in Lightning name the network inside: DynamicsMonitor(model="backbone").',
+        ) from error
+
+
+def matrix_forward(model: nn.Module, x: Any, output_key: str | None = None) -> Tensor:
+    """The engine's default forward: outputs as ``[N, O]`` wherever that is safe.
+
+    A mapping or an object with ``logits`` gives its logits; sequence outputs ``[N, T, V]`` give their
+    last position; a single output per example ``[N]`` becomes ``[N, 1]``.
+
+    Args:
+        model: A module.
+        x: A batch of inputs.
+        output_key: Key or attribute of the outputs; ``logits`` when ``None``.
+
+    Returns:
+        Outputs ``[N, O]``, or the output unchanged where no rule applies.
+
+    Example:
+        >>> matrix_forward(nn.Embedding(5, 7), torch.zeros(2, 3, dtype=torch.int64)).shape
+        torch.Size([2, 7])
+    """
+    out = call(model, x)
+    if not isinstance(out, Tensor):
+        key = output_key or "logits"
+        found = out.get(key) if isinstance(out, Mapping) else getattr(out, key, None)
+        if found is None:
+            raise InputError(
+                f"the outputs of {type(model).__name__} are no tensor and have no {key!r}",
+                got=sorted(map(str, out)) if isinstance(out, Mapping) else type(out).__name__,
+                fix='Pass forward=, or in Lightning DynamicsMonitor(output_key="...").',
+            )
+        out = found
+    if isinstance(out, Tensor) and out.ndim == 3:
+        return out[:, -1]
+    if isinstance(out, Tensor) and out.ndim == 1:
+        return out[:, None]
+    return out
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Evaluate a model without changing it or anything around it.
+
+    Inside: evaluation mode, gradients on, no autocast, attention in its plain form (the fused kernels
+    have no second derivative). Afterwards the mode of every submodule and the random state of torch,
+    numpy and python are as they were.
+
+    Args:
+        model: The module to be evaluated.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        >>> with measuring(net):
+        ...     net.training
+        False
+        >>> net.training
+        True
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters()}
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is what must be kept
+    with ExitStack() as stack:
+        cuda = [device for device in devices if device.type == "cuda"]
+        stack.enter_context(torch.random.fork_rng(cuda))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        for kind in {device.type for device in devices} | {"cpu"}:
+            if kind in ("cpu", "cuda", "xpu", "hpu"):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+class _Call(nn.Module):
+    """Lets ``functional_call`` run any ``forward(model, x)``."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, x: Any) -> Tensor:
+        return self._forward(self.model, x)
+
+
+def pure_function(model: nn.Module, forward: Forward | None = None) -> tuple[PureFunction, dict[str, Tensor]]:
+    """A module as a function of its trainable parameters.
+
+    Each module is named once and a tensor used under two names is passed once, so that shared and tied
+    layers sum their derivatives and keep their own ``Parameter`` afterwards (the default
+    ``tie_weights=True`` of ``functional_call`` would leave the passed tensor in its place). Buffers are
+    copies: nothing the call writes reaches the module.
+
+    Args:
+        model: Any module.
+        forward: Maps model and inputs to outputs; ``model(x)`` when ``None``.
+
+    Returns:
+        The function and the detached trainable parameters it takes, by name.
+
+    Raises:
+        InputError: If no parameter is trainable.
+
+    Example:
+        >>> net = nn.Linear(3, 2)
+        >>> f, parameters = pure_function(net)
+        >>> x = torch.ones(4, 3)
+        >>> torch.equal(f(parameters, x), net(x))
+        True
+    """
+    wrapped = _Call(model, forward or call)
+    names: dict[str, Tensor] = {}
+    constants: dict[str, Tensor] = {}
+    for prefix, module in wrapped.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                names[f"{prefix}.{name}"] = parameter
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                constants[f"{prefix}.{name}"] = buffer.detach().clone()
+    first_name: dict[int, str] = {}
+    for name, parameter in names.items():
+        first_name.setdefault(id(parameter), name)
+    trainable = {n: p.detach() for n, p in names.items() if p.requires_grad and first_name[id(p)] == n}
+    if not trainable:
+        raise InputError(
+            f"{type(model).__name__} has no trainable parameter",
+            fix="Call model.requires_grad_(True) on the part that is trained.",
+        )
+    constants.update({name: p.detach() for name, p in names.items() if not p.requires_grad})
+    aliases = {name: first_name[id(p)] for name, p in names.items() if p.requires_grad}
+
+    def function(parameters: Mapping[str, Tensor], x: Any) -> Tensor:
+        values = {name: parameters[alias] for name, alias in aliases.items()}
+        return functional_call(wrapped, {**constants, **values}, (x,), tie_weights=False)
+
+    return function, trainable
+
+
+def examples(x: Any) -> int:
+    """Number of examples in a batch: the first dimension of its first tensor.
+
+    Args:
+        x: A tensor, or a nest of tensors.
+
+    Raises:
+        InputError: If there is no tensor with a first dimension, or no example in it.
+
+    Example:
+        >>> examples({"a": torch.zeros(4, 2)})
+        4
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+    if not leaves or leaves[0].ndim == 0:
+        raise InputError(
+            "a batch must hold a tensor whose first dimension counts the examples",
+            got=type(x).__name__ if not leaves else "a scalar tensor",
+            fix="Pass the model's inputs as a tensor [N, ...], or a nest of such tensors.",
+        )
+    if len(leaves[0]) == 0:
+        raise InputError("a batch must hold at least one example", got=0, fix="Pass x[:32].")
+    return len(leaves[0])
+
+
+def take(x: Any, index: Any) -> Any:
+    """Index the first dimension of every tensor in a nest.
+
+    Args:
+        x: A tensor, or a nest of tensors.
+        index: What to take: a slice, an integer or a mask.
+
+    Example:
+        >>> take({"a": torch.arange(4)}, slice(1, 3))
+        {'a': tensor([1, 2])}
+    """
+    return pytree.tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, x)
+
+
+def detached_copy(x: Any) -> Any:
+    """A copy of every tensor in a nest, off the graph.
+
+    Args:
+        x: A tensor, or a nest of tensors.
+    """
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, x)
+
+
+def check_inputs(model: nn.Module, x: Any) -> None:
+    """Refuse inputs that no kernel or Jacobian can be taken at.
+
+    Args:
+        model: The module.
+        x: A batch of inputs.
+
+    Raises:
+        InputError: If the batch is empty, lies on another device than the model, or is not finite.
+    """
+    examples(x)
+    home = next((p.device for p in model.parameters()), None)
+    for leaf in pytree.tree_leaves(x):
+        if not isinstance(leaf, Tensor):
+            continue
+        if home is not None and leaf.device != home:
+            raise InputError(
+                "inputs and model must be on one device",
+                got=f"inputs on {leaf.device}, model on {home}",
+                fix=f"Write x.to('{home}').",
+            )
+        if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+            raise InputError(
+                "inputs must be finite",
+                got="NaN or infinity",
+                fix="Clean the probe batch, or pass another one with probe=.",
+            )
+
+
+def check_outputs(out: Any, count: int) -> None:
+    """Refuse outputs that are not ``[N, O]``.
+
+    Args:
+        out: What the forward returned.
+        count: Number of examples N.
+
+    Raises:
+        InputError: With the shape that was found and the ``forward=`` to write.
+    """
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != count:
+        found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise InputError(
+            f"the outputs must have shape [N, O] with N = {count}",
+            got=found,
+            fix="Pass forward=lambda model, x: model(x).flatten(1), or one that selects a position.",
+        )
