@@ -1,0 +1,55 @@
+"""The observables, one file each: pure functions, then the class that connects them."""
+
+from .base import Estimate, Observable
+from .fluctuation_dissipation import FluctuationDissipation, fluctuation_dissipation
+from .gradient_noise_scale import (
+    GradientNoiseScale,
+    gradient_noise_scale,
+    per_example_grad_norms,
+    sgd_noise_scale,
+)
+from .jacobian_norm import JacobianNorm, jacobian_norms, jacobian_singular_values
+from .neural_tangent_kernel import (
+    NeuralTangentKernel,
+    empirical_ntk,
+    kernel_alignment,
+    kernel_angle,
+    kernel_distance,
+    relative_drift,
+)
+
+OBSERVABLES = (NeuralTangentKernel, JacobianNorm, GradientNoiseScale, FluctuationDissipation)
+"""Every observable that ships."""
+
+
+def default_observables() -> tuple[Observable, ...]:
+    """The default set: every observable at its default cadence.
+
+    Example:
+        >>> [observable.group for observable in default_observables()]
+        ['ntk', 'jacobian', 'noise', 'fdr']
+    """
+    return tuple(observable() for observable in OBSERVABLES)
+
+
+__all__ = [
+    "OBSERVABLES",
+    "Estimate",
+    "FluctuationDissipation",
+    "GradientNoiseScale",
+    "JacobianNorm",
+    "NeuralTangentKernel",
+    "Observable",
+    "default_observables",
+    "empirical_ntk",
+    "fluctuation_dissipation",
+    "gradient_noise_scale",
+    "jacobian_norms",
+    "jacobian_singular_values",
+    "kernel_alignment",
+    "kernel_angle",
+    "kernel_distance",
+    "per_example_grad_norms",
+    "relative_drift",
+    "sgd_noise_scale",
+]

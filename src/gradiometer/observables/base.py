@@ -1,0 +1,113 @@
+"""What an observable is: a frozen value with two or three short methods and no state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from ..estimators import Estimator, Last, Reference
+from ..records import Quantity
+from ..schedules import Schedule, as_schedule, every
+from ..snapshot import Snapshot
+
+Numbers = Mapping[str, Any]
+
+
+class Estimate(NamedTuple):
+    """A number with an error of its own, where the engine's jackknife does not apply.
+
+    Args:
+        value: The number.
+        stderr: Its standard error; 0 when exact on the probe, ``nan`` when unknown.
+    """
+
+    value: Any
+    stderr: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observable(ABC):
+    """One quantity of the training run: which data it needs, what it averages, what it reads.
+
+    A subclass sets the class attributes and writes ``readings`` and at least one of ``statistics``
+    (averaged over sampling steps, and over processes) and ``levels`` (state functions, taken at
+    recording steps and compared with earlier ones).
+
+    Args:
+        schedule: When a reading is recorded; a number of steps is read as a cadence.
+        sampling: When statistics are sampled in between; the schedule itself when ``None``.
+        estimator: How statistics are averaged over steps. A template: the engine copies it.
+
+    Example:
+        >>> from gradiometer import Monitor, MemoryRecorder
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class LearningRate(Observable):
+        ...     group = "settings"
+        ...     quantities = {"lr": Quantity("1", "Learning rate of the first group.")}
+        ...     def statistics(self, snapshot):
+        ...         return {"lr": torch.tensor(snapshot.groups[0].lr)}
+        ...     def readings(self, now, reference):
+        ...         return {"lr": now["lr"]}
+        >>> LearningRate(schedule=10).due(20)
+        True
+    """
+
+    group: ClassVar[str] = ""
+    quantities: ClassVar[Mapping[str, Quantity]] = {}
+    needs: ClassVar[frozenset[str]] = frozenset()
+    level_needs: ClassVar[frozenset[str]] = frozenset()
+    arrays: ClassVar[frozenset[str]] = frozenset()
+    """Names of readings that are arrays rather than numbers."""
+
+    schedule: Schedule | int = every(100)
+    sampling: Schedule | int | None = None
+    estimator: Estimator = field(default_factory=Last)
+
+    def __post_init__(self) -> None:
+        """Read numbers as cadences."""
+        object.__setattr__(self, "schedule", as_schedule(self.schedule))
+        if self.sampling is not None:
+            object.__setattr__(self, "sampling", as_schedule(self.sampling))
+
+    def due(self, step: int) -> bool:
+        """Whether a reading is recorded at this step."""
+        return as_schedule(self.schedule)(step)
+
+    def samples(self, step: int) -> bool:
+        """Whether statistics are sampled at this step."""
+        return self.due(step) or (self.sampling is not None and as_schedule(self.sampling)(step))
+
+    def required(self, recording: bool) -> frozenset[str]:
+        """Snapshot fields needed at a sampling step, or at a recording step."""
+        return self.needs | self.level_needs if recording else self.needs
+
+    def statistics(self, snapshot: Snapshot) -> Mapping[str, Tensor]:
+        """Tensors that are averaged over sampling steps and processes."""
+        del snapshot
+        return {}
+
+    def levels(self, snapshot: Snapshot) -> Mapping[str, Tensor]:
+        """State functions at a recording step, kept for comparison and never averaged."""
+        del snapshot
+        return {}
+
+    def note(self, snapshot: Snapshot) -> str:
+        """How the reading came about (source, coverage, form), for its sentence."""
+        del snapshot
+        return ""
+
+    @abstractmethod
+    def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
+        """Numbers, arrays or :class:`Estimate` by reading name.
+
+        The reading of one parameter group is named ``name/<index>``; the engine puts the group's own
+        name in the place of the index.
+
+        Args:
+            now: Averages over the estimator's window, and the levels of this step.
+            reference: Levels at the first, the previous and the window's recordings.
+        """

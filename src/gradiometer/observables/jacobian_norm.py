@@ -1,0 +1,353 @@
+"""The input-output Jacobian: how strongly the logits answer to a small change of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .._types import Forward
+from ..autodiff.functional import check_inputs, measuring, pure_function
+from ..errors import InputError, UnsupportedError
+from ..estimators import Estimator, Last, Reference
+from ..linalg import random_orthonormal_rows
+from ..records import Quantity
+from ..schedules import Schedule, every
+from ..snapshot import Snapshot
+from .base import Estimate, Numbers, Observable
+
+_EXACT_OUTPUTS = 16
+_POWER_ITERATIONS = 10
+_POWER_TOLERANCE = 0.01
+
+
+class _Linearised:
+    """Outputs of a batch and products with its per-example Jacobians ``[N, O, D]``."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self.x = x.detach().clone().requires_grad_()
+        out = function(self.x)
+        if not isinstance(out, Tensor) or out.ndim == 0 or len(out) != len(x):
+            raise InputError(
+                "the model must return one output, of any shape, per example",
+                got=list(out.shape) if isinstance(out, Tensor) else type(out).__name__,
+                fix="Pass forward=lambda model, x: ... that returns a tensor [N, ...].",
+            )
+        if not out.requires_grad:
+            raise InputError(
+                "the outputs do not depend on the inputs through differentiable operations",
+                fix="Pass forward= that returns logits rather than decisions.",
+            )
+        self.out = out.flatten(1)
+        self.width = self.out.shape[1]
+
+    def rows(self, v: Tensor, *, create_graph: bool = False) -> Tensor:
+        """``v^T J`` per example: v ``[N, O]`` -> ``[N, D]``, one backward pass."""
+        (grad,) = torch.autograd.grad(
+            self.out, self.x, v.to(self.out), retain_graph=True, create_graph=create_graph
+        )
+        return grad.flatten(1)
+
+    def columns(self, w: Tensor) -> Tensor:
+        """``J w`` per example by differentiating ``v^T J w`` in v: w ``[N, D]`` -> ``[N, O]``."""
+        v = torch.zeros_like(self.out, requires_grad=True)
+        (grad,) = torch.autograd.grad((self.rows(v, create_graph=True) * w).sum(), v)
+        return grad
+
+    def full(self) -> Tensor:
+        """The Jacobians themselves, ``[N, O, D]``: one backward pass per output."""
+        unit = torch.eye(self.width, dtype=self.out.dtype, device=self.out.device)
+        return torch.stack([self.rows(unit[o].expand_as(self.out)) for o in range(self.width)], 1)
+
+
+def _linearise(model: nn.Module, x: Any, forward: Forward | None) -> _Linearised:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise InputError(
+            "the Jacobian needs one tensor of floating-point inputs",
+            got=x.dtype if isinstance(x, Tensor) else type(x).__name__,
+            fix="For token inputs differentiate the embedding: "
+            "jacobian_norms(model, embedded, forward=lambda model, e: ...).",
+        )
+    check_inputs(model, x)
+    function, parameters = pure_function(model, forward)
+    return _Linearised(lambda inputs: function(parameters, inputs), x)
+
+
+def jacobian_norms(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    num_projections: int | None = None,
+    generator: torch.Generator | None = None,
+    forward: Forward | None = None,
+) -> Tensor:
+    r"""Frobenius norm of the input-output Jacobian of each example, in evaluation mode.
+
+    .. math:: |J(x)|_F^2 = \sum_{oi} J_{oi}^2 \approx \frac{O}{k}\sum_{\mu=1}^{k}
+              \Big|\frac{\partial (v_\mu\cdot z)}{\partial x}\Big|^2
+
+    with ``v`` orthonormal and uniformly distributed. The estimate of the square is unbiased; its root
+    is biased low, by a relative ``Var/8`` of the square.
+
+    Args:
+        model: Any module; its outputs should be logits, not probabilities.
+        x: Inputs.
+        num_projections: Number of projections per example; the exact norm when ``None``.
+        generator: CPU generator of the projections; a fixed seed when ``None``.
+        forward: Maps ``(model, x)`` to outputs; ``model(x)`` when ``None``.
+
+    Returns:
+        One norm per example.
+
+    Shapes:
+        x ``[N, ...]``, outputs ``[N, ...]`` flattened to O -> ``[N]``.
+
+    Units:
+        outputs / inputs.
+
+    Raises:
+        InputError: Integer, empty, non-finite or misplaced inputs; outputs not one per example; no
+            trainable parameter; projections outside 1..O.
+
+    Source:
+        Hoffman, Roberts, Yaida 2019, arXiv:1908.02729, equation 9; orthonormal directions are ours.
+
+    Example:
+        >>> net = nn.Linear(3, 2, bias=False)
+        >>> torch.allclose(jacobian_norms(net, torch.randn(4, 3)), net.weight.norm().expand(4))
+        True
+    """
+    with measuring(model):
+        line = _linearise(model, x, forward)
+        if num_projections is None:
+            return line.full().flatten(1).norm(dim=1)
+        return projected_sq_norms(line, num_projections, generator).mean(1).sqrt()
+
+
+def jacobian_singular_values(
+    model: nn.Module, x: Tensor, *, k: int | None = None, forward: Forward | None = None
+) -> Tensor:
+    """Singular values of the input-output Jacobian of each example, largest first.
+
+    The Jacobian is formed row by row, one backward pass per output.
+
+    Args:
+        model: Any module.
+        x: Inputs.
+        k: How many to return; all ``min(O, D)`` when ``None``.
+        forward: Maps ``(model, x)`` to outputs; ``model(x)`` when ``None``.
+
+    Returns:
+        Singular values.
+
+    Shapes:
+        x ``[N, ...]`` -> ``[N, k]``.
+
+    Units:
+        outputs / inputs.
+
+    Raises:
+        InputError: As :func:`jacobian_norms`, or ``k`` outside 1..min(O, D).
+
+    Source:
+        Pennington, Schoenholz, Ganguli 2017, arXiv:1711.04735, section 2.
+
+    Example:
+        >>> net = nn.Linear(3, 2, bias=False)
+        >>> values = jacobian_singular_values(net, torch.randn(4, 3))
+        >>> torch.allclose(values[0], torch.linalg.svdvals(net.weight.detach()))
+        True
+    """
+    with measuring(model):
+        values = torch.linalg.svdvals(_linearise(model, x, forward).full())
+    if k is not None and not 1 <= k <= values.shape[1]:
+        raise InputError(
+            f"k must lie between 1 and min(outputs, inputs) = {values.shape[1]}",
+            got=k,
+            fix="Write k=None for all singular values.",
+        )
+    return values[:, :k]
+
+
+def projected_sq_norms(line: _Linearised, num_projections: int, generator: torch.Generator | None) -> Tensor:
+    """``O |v^T J|^2`` for orthonormal random v of each example, ``[N, k]``: unbiased for the square."""
+    n = len(line.x)
+    v = random_orthonormal_rows(num_projections, line.width, generator=generator, batch=n)
+    norms = [line.rows(v[:, m]).square().sum(1) for m in range(num_projections)]
+    return line.width * torch.stack(norms, 1)
+
+
+def spectral_norms(line: _Linearised, generator: torch.Generator) -> Tensor:
+    """Largest singular value per example by power iteration, ``[N]``: a lower bound that tightens.
+
+    Stops when no example's value grows by more than 1 %, after ten rounds at the latest.
+    """
+    u = random_orthonormal_rows(1, line.width, generator=generator, batch=len(line.x))[:, 0]
+    u = u.to(line.out)
+    value = torch.zeros(len(u), dtype=u.dtype, device=u.device)
+    for _ in range(_POWER_ITERATIONS):
+        w = line.rows(u).detach()
+        grown = w.norm(dim=1)
+        done = bool((grown <= value * (1 + _POWER_TOLERANCE)).all())
+        value = torch.maximum(value, grown)
+        if done:
+            break
+        u = line.columns(w)
+        u = u / u.norm(dim=1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class JacobianNorm(Observable):
+    """Norms of the input-output Jacobian on the probe.
+
+    Errors are those of the random projections; the exact norm (up to 16 outputs, or
+    ``num_projections=None`` there) has error 0 on its probe.
+
+    Args:
+        schedule: When it is recorded; every 250 steps by default.
+        sampling: When it is sampled in between, for an averaging estimator.
+        estimator: How records are averaged; the last one by default.
+        num_projections: Orthonormal projections per example; exact up to 16 outputs and 2 beyond when
+            ``None``.
+        seed: Seed of the projections; the step is added, so that errors of different steps are
+            independent and a resumed run draws the same.
+
+    Units:
+        outputs / inputs.
+
+    Source:
+        arXiv:1908.02729.
+
+    Shapes:
+        Scalars.
+
+    Example:
+        >>> JacobianNorm(schedule=100, num_projections=2).due(300)
+        True
+    """
+
+    group: ClassVar[str] = "jacobian"
+    needs: ClassVar[frozenset[str]] = frozenset({"probe"})
+    quantities: ClassVar[Mapping[str, Quantity]] = {
+        "frobenius_norm": Quantity("output/input", "Mean over the probe of the Frobenius norm."),
+        "frobenius_rms": Quantity("output/input", "Root of the mean squared Frobenius norm."),
+        "spectral_norm": Quantity("output/input", "Mean over the probe of the largest singular value."),
+    }
+
+    schedule: Schedule | int = every(250)
+    estimator: Estimator = field(default_factory=Last)
+    num_projections: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the number of projections."""
+        super().__post_init__()
+        if self.num_projections is not None and self.num_projections < 1:
+            raise InputError(
+                "num_projections must be at least 1",
+                got=self.num_projections,
+                fix="Write num_projections=2, or None for the default.",
+            )
+
+    def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """Means over the probe, and the variance that the projections leave in them."""
+        model, x = snapshot.model, snapshot.probe.inputs
+        generator = torch.Generator().manual_seed(self.seed + snapshot.step)
+        with measuring(model):
+            forward, x = _differentiable(model, x, snapshot.forward)
+            line = _linearise(model, x, forward)
+            if line.width <= _EXACT_OUTPUTS:
+                jacobian = line.full().detach().double()
+                spectral = torch.linalg.matrix_norm(jacobian, 2)
+            else:
+                jacobian, spectral = None, spectral_norms(line, generator).double()
+            if jacobian is not None and self.num_projections is None:
+                squares = jacobian.flatten(1).square().sum(1, keepdim=True)
+                k = line.width
+            else:
+                k = min(self.num_projections or 2, line.width)
+                squares = projected_sq_norms(line, k, generator).detach().double()
+        return {**_norm_statistics(squares, k, line.width), "spectral_norm": spectral.mean()}
+
+    def note(self, snapshot: Snapshot) -> str:
+        """What the Jacobian is taken with respect to."""
+        x = snapshot.probe.inputs
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return "with respect to the inputs"
+        return f"with respect to the output of {_first_embedding(snapshot.model)[0]!r}"
+
+    def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
+        """Both means and the spectral norm."""
+        del reference
+        mean, mean_sq = now["norm"], now["square"]
+        return {
+            "frobenius_norm": Estimate(mean, now["norm_variance"].sqrt()),
+            "frobenius_rms": Estimate(mean_sq.sqrt(), (now["square_variance"] / mean_sq).sqrt() / 2),
+            "spectral_norm": now["spectral_norm"],
+        }
+
+
+def _norm_statistics(squares: Tensor, k: int, width: int) -> dict[str, Tensor]:
+    r"""Means over examples and the variance left by ``k`` of ``O`` orthonormal directions.
+
+    Orthonormal directions are a sample without replacement: the mean of k of them has variance
+    ``s^2/k (O - k)/O`` with ``s^2`` their sample variance, exactly 0 at ``k = O``.
+    """
+    per_example = squares.mean(1)
+    if k == width:
+        variance = torch.zeros_like(per_example)
+    elif squares.shape[1] < 2:
+        variance = torch.full_like(per_example, torch.nan)
+    else:
+        variance = squares.var(1) / k * (width - k) / width
+    count, tiny = len(squares), torch.finfo(squares.dtype).tiny
+    return {
+        "norm": per_example.sqrt().mean(),
+        "norm_variance": (variance / (4 * per_example.clamp(min=tiny))).sum() / count**2,
+        "square": per_example.mean(),
+        "square_variance": variance.sum() / count**2,
+    }
+
+
+def _first_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            return name, module
+    raise UnsupportedError(
+        "integer inputs have no Jacobian and the model has no nn.Embedding to take it at",
+        fix="Leave JacobianNorm out of observables=, or pass forward= and a floating-point probe.",
+    )
+
+
+def _differentiable(model: nn.Module, x: Any, forward: Forward) -> tuple[Forward, Tensor]:
+    """For token inputs: a forward that starts from the first embedding's output, and that output."""
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return forward, x
+    _, table = _first_embedding(model)
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        handle = table.register_forward_hook(lambda module, args, out: seen.append(out))
+        try:
+            forward(model, x)
+        finally:
+            handle.remove()
+    if not seen:
+        raise UnsupportedError("the model's first nn.Embedding was not called in its forward")
+
+    def from_embedding(model: nn.Module, embedded: Tensor) -> Tensor:
+        pending = [embedded]
+
+        def replace(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            return pending.pop() if pending else out
+
+        handle = table.register_forward_hook(replace)
+        try:
+            return forward(model, x)
+        finally:
+            handle.remove()
+
+    return from_embedding, seen[0]

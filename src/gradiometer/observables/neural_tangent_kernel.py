@@ -1,0 +1,573 @@
+"""The empirical neural tangent kernel on a fixed probe, and how far it has moved.
+
+``Theta[a, b] = sum_p (df(x_a)/dp) (df(x_b)/dp)``. A kernel that stays put means lazy training; one that
+turns towards the targets means features are being learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import jacrev, vmap
+
+from .._types import Forward
+from ..autodiff.functional import (
+    check_inputs,
+    check_outputs,
+    examples,
+    measuring,
+    pure_function,
+    take,
+)
+from ..errors import InputError, UnsupportedError
+from ..estimators import Estimator, Last, Reference
+from ..linalg import random_orthonormal_rows
+from ..records import Quantity
+from ..schedules import Schedule, every, log_spaced
+from ..snapshot import Snapshot
+from ..statistics import delete_block_jackknife
+from .base import Estimate, Numbers, Observable
+
+Outputs = Literal["trace", "full", "diagonal"]
+_MODES = ("trace", "full", "diagonal")
+_DEFAULT_MEMORY = 2**30
+_EXACT_OUTPUTS = 16
+_PROJECTIONS = 8
+
+
+def empirical_ntk(
+    model: nn.Module,
+    x: Any,
+    x2: Any = None,
+    *,
+    outputs: Outputs = "trace",
+    num_projections: int | None = None,
+    generator: torch.Generator | None = None,
+    forward: Forward | None = None,
+    chunk_size: int | None = None,
+    max_memory: int | None = None,
+) -> Tensor:
+    r"""Empirical neural tangent kernel of the trainable parameters, in evaluation mode.
+
+    .. math:: \Theta_{ao,bo'} = \sum_p \frac{\partial f_o(x_a)}{\partial\theta_p}
+              \frac{\partial f_{o'}(x'_b)}{\partial\theta_p},
+              \qquad \text{trace kernel } \frac1O \sum_o \Theta_{ao,bo}
+
+    Jacobians are formed for a few examples and outputs at a time and contracted in float64. Batch norm
+    uses its running statistics and dropout is off: the kernel is that of the network as evaluated.
+
+    Args:
+        model: Any module that ``torch.func`` can map over examples.
+        x: Inputs.
+        x2: Second set of inputs; ``x`` itself when ``None``.
+        outputs: ``"trace"`` averages over the outputs, ``"diagonal"`` keeps each output's own kernel,
+            ``"full"`` keeps every pair.
+        num_projections: Replace the O outputs by this many random orthonormal combinations: an unbiased
+            estimate of the trace kernel. Exact when ``None``.
+        generator: CPU generator of the projections; a fixed seed when ``None``.
+        forward: Maps ``(model, x)`` to outputs ``[N, O]``; ``model(x)`` when ``None``.
+        chunk_size: Examples per Jacobian; chosen from ``max_memory`` when ``None``.
+        max_memory: Bytes for the Jacobians held at one time, 1 GiB when ``None``.
+
+    Returns:
+        The kernel in float64 (float32 on devices without it).
+
+    Shapes:
+        x ``[N, ...]``, x2 ``[M, ...]`` -> trace ``[N, M]``, diagonal ``[N, M, O]``, full ``[N, M, O, O]``.
+
+    Units:
+        outputs^2 / parameters^2.
+
+    Raises:
+        InputError: No trainable parameter, an empty, non-finite or misplaced batch, an unknown mode,
+            outputs that are not ``[N, O]``, or projections asked for another mode than ``"trace"``.
+
+    Source:
+        Jacot et al. 2018, arXiv:1806.07572, equation 4; Jacobian contraction as in Novak et al. 2022,
+        arXiv:2206.08720, section 3.1.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
+        >>> empirical_ntk(nn.Linear(2, 1, bias=False, dtype=torch.float64), x)   # = x x^T
+        tensor([[1., 1.],
+                [1., 5.]], dtype=torch.float64)
+    """
+    if outputs not in _MODES:
+        raise InputError("unknown output mode", got=repr(outputs), fix=f"Write one of {_MODES}.")
+    if num_projections is not None and outputs != "trace":
+        raise InputError(
+            "random output projections estimate the trace kernel only",
+            got=f"outputs={outputs!r}",
+            fix='Write outputs="trace", or num_projections=None.',
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise InputError("chunk_size must be at least 1", got=chunk_size, fix="Write chunk_size=8.")
+    batches = [x] if x2 is None else [x, x2]
+    for batch in batches:
+        check_inputs(model, batch)
+    with measuring(model):
+        function, parameters = pure_function(model, forward)
+        with torch.no_grad():
+            shown = function(parameters, take(x, slice(0, 1)))
+        check_outputs(shown, 1)
+        width = shown.shape[1]
+        projection = None
+        if num_projections is not None:
+            rows = random_orthonormal_rows(num_projections, width, generator=generator)[0]
+            projection = (math.sqrt(width / num_projections) * rows).to(shown)
+        kept = num_projections or width
+        per_row = sum(p.numel() * p.element_size() for p in parameters.values())
+        rows_held = max(1, (max_memory or _DEFAULT_MEMORY) // (2 * per_row))
+        some = kept if outputs == "full" else min(kept, max(1, rows_held // examples(x)))
+        step = chunk_size or max(1, min(examples(x), rows_held // some))
+        total: Tensor | None = None
+        for begin in range(0, kept, some):
+            part = slice(begin, begin + some)
+
+            def rows_of(batch: Any, part: slice = part) -> dict[str, Tensor]:
+                def one(p: Mapping[str, Tensor], single: Any) -> Tensor:
+                    out = function(p, take(single, None))[0]
+                    out = out if projection is None else projection @ out
+                    return out[part]
+
+                return vmap(jacrev(one), (None, 0))(parameters, batch)
+
+            block = _blocks(rows_of, batches, step, outputs)
+            if outputs == "trace":
+                total = block if total is None else total + block
+            else:
+                total = block if total is None else torch.cat([total, block], -1)
+    assert total is not None
+    return total / width if outputs == "trace" else total
+
+
+def _blocks(
+    rows_of: Callable[[Any], dict[str, Tensor]], batches: list[Any], step: int, outputs: Outputs
+) -> Tensor:
+    """Contract chunk against chunk; with one set of inputs only the upper half is computed."""
+    first, second = batches[0], batches[-1]
+    symmetric = len(batches) == 1
+    rows: list[list[Tensor]] = []
+    for i, left_chunk in _chunks(first, step):
+        left = rows_of(left_chunk)
+        row: list[Tensor] = []
+        for j, right_chunk in _chunks(second, step):
+            if symmetric and j < i:
+                mirrored = rows[j // step][i // step].transpose(0, 1)
+                row.append(mirrored.transpose(2, 3) if outputs == "full" else mirrored)
+            else:
+                right = left if symmetric and j == i else rows_of(right_chunk)
+                row.append(_contract(left, right, outputs))
+        rows.append(row)
+    return torch.cat([torch.cat(row, 1) for row in rows], 0)
+
+
+def _chunks(x: Any, step: int) -> Iterator[tuple[int, Any]]:
+    for begin in range(0, examples(x), step):
+        yield begin, take(x, slice(begin, begin + step))
+
+
+_EINSUM = {"trace": "aop,bop->ab", "diagonal": "aop,bop->abo", "full": "aop,bqp->aboq"}
+
+
+def _contract(left: Mapping[str, Tensor], right: Mapping[str, Tensor], outputs: Outputs) -> Tensor:
+    """Sum over parameters, float64 across tensors."""
+    total: Tensor | None = None
+    for name in left:
+        term = torch.einsum(_EINSUM[outputs], left[name].flatten(2), right[name].flatten(2))
+        term = term if term.device.type == "mps" else term.double()
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def kernel_distance(k1: Tensor, k2: Tensor) -> Tensor:
+    r"""One minus the cosine between two kernels: 0 when they differ by a factor only.
+
+    .. math:: S = 1 - \frac{\langle K_1, K_2\rangle_F}{|K_1|_F\,|K_2|_F}
+
+    Computed as half the squared distance of the normalised kernels, which keeps its digits when the
+    kernels are close.
+
+    Args:
+        k1: A kernel.
+        k2: Another one of the same shape.
+
+    Returns:
+        A scalar in [0, 1] for positive kernels.
+
+    Shapes:
+        Any, twice the same -> scalar.
+
+    Units:
+        None.
+
+    Raises:
+        InputError: If the shapes differ.
+
+    Source:
+        Fort et al. 2020, arXiv:2010.15110, section 3.
+
+    Example:
+        >>> kernel_distance(torch.eye(2), 4 * torch.eye(2))
+        tensor(0.)
+    """
+    _check_pair(k1, k2)
+    return (k1 / k1.norm() - k2 / k2.norm()).square().sum() / 2
+
+
+def kernel_angle(k1: Tensor, k2: Tensor) -> Tensor:
+    r"""Angle between two kernels, accurate for small angles.
+
+    .. math:: \alpha = \arccos(1 - S) = 2\arcsin\sqrt{S/2}
+
+    Divided by the steps in between it is the angular velocity, which does not depend on the cadence for
+    motion at constant speed (the distance itself grows with the square of the time).
+
+    Args:
+        k1: A kernel.
+        k2: Another one of the same shape.
+
+    Returns:
+        A scalar.
+
+    Shapes:
+        Any, twice the same -> scalar.
+
+    Units:
+        Radians.
+
+    Raises:
+        InputError: If the shapes differ.
+
+    Source:
+        The distance of Fort et al. 2020, arXiv:2010.15110, turned into an angle.
+
+    Example:
+        >>> kernel_angle(torch.diag(torch.tensor([1.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0])))
+        tensor(1.5708)
+    """
+    return 2 * torch.asin((kernel_distance(k1, k2) / 2).sqrt().clamp(max=1.0))
+
+
+def relative_drift(k: Tensor, k0: Tensor) -> Tensor:
+    r"""How far a kernel has moved, relative to where it began: sees scale and direction.
+
+    .. math:: D = |K - K_0|_F / |K_0|_F
+
+    Args:
+        k: The kernel now.
+        k0: The kernel at the beginning.
+
+    Returns:
+        A scalar.
+
+    Shapes:
+        Any, twice the same -> scalar.
+
+    Units:
+        None.
+
+    Raises:
+        InputError: If the shapes differ.
+
+    Source:
+        Lee et al. 2019, arXiv:1902.06720, section 3.1.
+
+    Example:
+        >>> relative_drift(2 * torch.eye(2), torch.eye(2))
+        tensor(1.)
+    """
+    _check_pair(k, k0)
+    return (k - k0).norm() / k0.norm()
+
+
+def kernel_alignment(k: Tensor, y: Tensor) -> Tensor:
+    r"""Centred alignment of a kernel over examples with the targets.
+
+    .. math:: A = \frac{\langle HKH, HYY^\top H\rangle_F}{|HKH|_F\,|HYY^\top H|_F},
+              \qquad H = 1 - \tfrac1N 11^\top
+
+    Args:
+        k: Kernel over examples.
+        y: Targets: class indices (whole numbers) or vectors.
+
+    Returns:
+        A scalar in [-1, 1].
+
+    Shapes:
+        k ``[N, N]``, y ``[N]`` or ``[N, C]`` -> scalar.
+
+    Units:
+        None.
+
+    Raises:
+        InputError: If the shapes do not fit.
+
+    Source:
+        Cortes, Mohri, Rostamizadeh 2012, JMLR 13:795-828, definition 4.
+
+    Example:
+        >>> y = torch.tensor([0, 0, 1, 1])
+        >>> round(kernel_alignment(target_kernel(y), y).item(), 6)
+        1.0
+    """
+    targets = target_kernel(y)
+    if k.ndim != 2 or k.shape != targets.shape:
+        raise InputError(
+            "alignment needs a kernel [N, N] and N targets",
+            got=f"a kernel {list(k.shape)} and targets {list(y.shape)}",
+            fix='Use the trace kernel, empirical_ntk(model, x, outputs="trace").',
+        )
+    return _cosine(_centred(k.to(targets)), _centred(targets))
+
+
+def target_kernel(y: Tensor) -> Tensor:
+    """``Y Y^T`` of targets; class indices count as one-hot vectors.
+
+    Args:
+        y: Targets.
+
+    Returns:
+        The kernel of the targets, float64.
+
+    Shapes:
+        y ``[N]`` or ``[N, C]`` -> ``[N, N]``.
+
+    Example:
+        >>> target_kernel(torch.tensor([3, 3, 5]))[0].tolist()
+        [1.0, 1.0, 0.0]
+    """
+    if not y.is_floating_point():
+        flat = y.reshape(len(y), -1)
+        return (flat[:, None] == flat[None, :]).all(-1).double()
+    flat = y.reshape(len(y), -1).double()
+    return flat @ flat.mT
+
+
+def effective_rank(eigenvalues: Tensor) -> Tensor:
+    r"""Participation ratio of a spectrum: how many directions share it.
+
+    .. math:: (\sum_i \lambda_i)^2 / \sum_i \lambda_i^2
+
+    Args:
+        eigenvalues: A spectrum.
+
+    Returns:
+        A scalar between 1 and ``n``.
+
+    Shapes:
+        ``[n]`` -> scalar.
+
+    Example:
+        >>> effective_rank(torch.ones(5))
+        tensor(5.)
+    """
+    return eigenvalues.sum().square() / eigenvalues.square().sum()
+
+
+def _check_pair(k1: Tensor, k2: Tensor) -> None:
+    if k1.shape != k2.shape:
+        raise InputError(
+            "two kernels can be compared only on one probe",
+            got=f"shapes {list(k1.shape)} and {list(k2.shape)}",
+            fix="Evaluate both on the same inputs with the same outputs mode.",
+        )
+
+
+def _centred(k: Tensor) -> Tensor:
+    return k - k.mean(0, keepdim=True) - k.mean(1, keepdim=True) + k.mean()
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum() / (a.norm() * b.norm())
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuralTangentKernel(Observable):
+    """The kernel on the probe: drift, distance, angular velocity, alignment, spectrum.
+
+    Errors are those of the probe: a delete-one-example jackknife, which says how much the reading would
+    change on other examples of the same kind. The spectrum depends on the number of examples and has
+    none.
+
+    Args:
+        schedule: When it is recorded; steps 0, 1, 2, 5, 10, ... 1000 and every 2,000th by default.
+        sampling: Not used: a kernel is a state function.
+        estimator: Not used beyond keeping the first and the previous kernel.
+        outputs: ``"trace"``, ``"diagonal"`` or ``"full"``, see :func:`empirical_ntk`.
+        num_projections: Random output projections; exact up to 16 outputs and 8 beyond when ``None``.
+        max_memory: Bytes for the Jacobians held at one time.
+        seed: Seed of the projections, the same at all steps so that drift is not masked.
+
+    Units:
+        See ``quantities``.
+
+    Source:
+        arXiv:1806.07572, arXiv:2010.15110.
+
+    Shapes:
+        The kernel is ``[N, N]`` for the trace, see :func:`empirical_ntk` for the others.
+
+    Example:
+        >>> NeuralTangentKernel(schedule=500, outputs="full").group
+        'ntk'
+    """
+
+    group: ClassVar[str] = "ntk"
+    level_needs: ClassVar[frozenset[str]] = frozenset({"probe"})
+    arrays: ClassVar[frozenset[str]] = frozenset({"kernel", "spectrum"})
+    quantities: ClassVar[Mapping[str, Quantity]] = {
+        "drift": Quantity("1", "Relative Frobenius distance of the kernel from the first one."),
+        "distance": Quantity("1", "One minus the cosine with the first kernel; blind to scale."),
+        "velocity": Quantity("rad/step", "Angle turned since the last record, per step."),
+        "alignment": Quantity("1", "Centred alignment with the targets."),
+        "trace": Quantity("output^2/parameter^2", "Mean of the kernel's diagonal over examples."),
+        "top_eigenvalue": Quantity("output^2/parameter^2", "Largest eigenvalue on the probe."),
+        "smallest_eigenvalue": Quantity("output^2/parameter^2", "Smallest eigenvalue on the probe."),
+        "effective_rank": Quantity("1", "Number of directions that share the spectrum."),
+        "off_diagonal": Quantity("1", "Share of the norm in blocks between different outputs."),
+        "kernel": Quantity("output^2/parameter^2", "The kernel on the probe."),
+        "spectrum": Quantity("output^2/parameter^2", "Its eigenvalues in ascending order."),
+    }
+
+    schedule: Schedule | int = log_spaced(until=1000) | every(2000)
+    estimator: Estimator = field(default_factory=Last)
+    outputs: Outputs = "trace"
+    num_projections: int | None = None
+    max_memory: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the mode."""
+        super().__post_init__()
+        if self.outputs not in _MODES:
+            raise InputError("unknown output mode", got=repr(self.outputs), fix=f"Write one of {_MODES}.")
+
+    def levels(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """The kernel at this step, and that of the targets where there are any."""
+        probe = snapshot.probe
+        projections = self.num_projections
+        if projections is None and self.outputs == "trace":
+            width = _width(snapshot)
+            projections = None if width <= _EXACT_OUTPUTS else _PROJECTIONS
+        try:
+            kernel = empirical_ntk(
+                snapshot.model,
+                probe.inputs,
+                outputs=self.outputs,
+                num_projections=projections,
+                generator=torch.Generator().manual_seed(self.seed),
+                forward=snapshot.forward,
+                max_memory=self.max_memory,
+            )
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise UnsupportedError(
+                "the tangent kernel needs torch.func to map this model over examples, and it cannot",
+                got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+                fix="Leave NeuralTangentKernel out of observables=, or pass forward= for a part that "
+                "can be mapped.",
+            ) from error
+        levels = {"kernel": kernel}
+        targets = _targets(probe.targets, kernel.shape[0])
+        if targets is not None:
+            levels["targets"] = target_kernel(targets)
+        return levels
+
+    def note(self, snapshot: Snapshot) -> str:
+        """Probe size and mode."""
+        return f"{self.outputs} kernel, {examples(snapshot.probe.inputs)} probe examples"
+
+    def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
+        """Everything the kernel says at this step."""
+        kernel, first = now["kernel"], reference.first["kernel"]
+        previous = reference.previous.get("kernel")
+        steps = reference.step - reference.previous_step
+        over_examples = _over_examples(kernel)
+        flat = _flat(kernel)
+        spectrum = torch.linalg.eigvalsh(flat)
+        measures: dict[str, Callable[[Tensor], Tensor]] = {
+            "drift": lambda keep: relative_drift(_keep(kernel, keep), _keep(first, keep)),
+            "distance": lambda keep: kernel_distance(_keep(kernel, keep), _keep(first, keep)),
+            "trace": lambda keep: _keep(over_examples, keep).diagonal().mean(),
+        }
+        if previous is not None and steps > 0:
+            measures["velocity"] = lambda keep: (
+                kernel_angle(_keep(kernel, keep), _keep(previous, keep)) / steps
+            )
+        if "targets" in now:
+            targets = now["targets"]
+            measures["alignment"] = lambda keep: _cosine(
+                _centred(_keep(over_examples, keep)), _centred(_keep(targets, keep))
+            )
+        if kernel.ndim == 4:
+            measures["off_diagonal"] = lambda keep: _off_diagonal(_keep(kernel, keep))
+        exact = {
+            "top_eigenvalue": spectrum[-1],
+            "smallest_eigenvalue": spectrum[0],
+            "effective_rank": effective_rank(spectrum),
+            "kernel": flat,
+            "spectrum": spectrum,
+        }
+        return {**_leave_one_out(measures, len(kernel)), **exact}
+
+
+def _width(snapshot: Snapshot) -> int:
+    """Number of outputs, from one example."""
+    with measuring(snapshot.model), torch.no_grad():
+        function, parameters = pure_function(snapshot.model, snapshot.forward)
+        out = function(parameters, take(snapshot.probe.inputs, slice(0, 1)))
+    check_outputs(out, 1)
+    return out.shape[1]
+
+
+def _targets(targets: Tensor | None, count: int) -> Tensor | None:
+    """The targets that belong to the outputs: of a sequence, the last position's."""
+    if targets is None or len(targets) != count:
+        return None
+    return targets[:, -1] if targets.ndim == 2 and not targets.is_floating_point() else targets
+
+
+def _over_examples(kernel: Tensor) -> Tensor:
+    """The kernel over examples: the mean over outputs where those are kept."""
+    if kernel.ndim == 4:
+        return kernel.diagonal(dim1=2, dim2=3).mean(-1)
+    return kernel.mean(-1) if kernel.ndim == 3 else kernel
+
+
+def _flat(kernel: Tensor) -> Tensor:
+    """One square matrix: ``[N, N]``, or ``[N O, N O]`` for the full kernel."""
+    if kernel.ndim == 4:
+        n, m, o, _ = kernel.shape
+        return kernel.permute(0, 2, 1, 3).reshape(n * o, m * o)
+    return _over_examples(kernel)
+
+
+def _off_diagonal(kernel: Tensor) -> Tensor:
+    """Norm of the blocks between different outputs over that of all, ``[N, N, O, O]``."""
+    own = kernel.diagonal(dim1=2, dim2=3)
+    return (1 - own.square().sum() / kernel.square().sum()).clamp(min=0).sqrt()
+
+
+def _keep(kernel: Tensor, keep: Tensor) -> Tensor:
+    return kernel[keep][:, keep]
+
+
+def _leave_one_out(measures: Mapping[str, Callable[[Tensor], Tensor]], count: int) -> dict[str, Estimate]:
+    """Each measure with its delete-one-example jackknife error."""
+    everyone = torch.arange(count)
+
+    def row(keep: Tensor) -> Tensor:
+        return torch.stack([measure(keep) for measure in measures.values()])
+
+    full = row(everyone)
+    rows = torch.stack([row(everyone[everyone != i]) for i in range(count)])
+    errors = delete_block_jackknife(full, rows, torch.ones(count, dtype=full.dtype))
+    return {name: Estimate(full[i], errors[i]) for i, name in enumerate(measures)}
