@@ -1,0 +1,106 @@
+"""Gradiometer: see the physics of a training run while it happens.
+
+Names are loaded when they are first used: ``import gradiometer`` imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+_WHERE = {
+    "Ema": "estimators",
+    "Estimate": "observables",
+    "Estimator": "estimators",
+    "FluctuationDissipation": "observables",
+    "GradientNoiseScale": "observables",
+    "HalfRun": "estimators",
+    "JSONLinesRecorder": "recorders",
+    "JacobianNorm": "observables",
+    "Last": "estimators",
+    "Mean": "estimators",
+    "MemoryRecorder": "recorders",
+    "Monitor": "monitor",
+    "NeuralTangentKernel": "observables",
+    "Observable": "observables",
+    "Probe": "snapshot",
+    "Quantity": "records",
+    "Reading": "records",
+    "Recorder": "recorders",
+    "Reference": "estimators",
+    "Schedule": "schedules",
+    "Snapshot": "snapshot",
+    "TensorBoardRecorder": "recorders",
+    "Window": "estimators",
+    "at": "schedules",
+    "default_observables": "observables",
+    "empirical_ntk": "observables",
+    "every": "schedules",
+    "fluctuation_dissipation": "observables",
+    "gradient_noise_scale": "observables",
+    "jacobian_norms": "observables",
+    "jacobian_singular_values": "observables",
+    "kernel_alignment": "observables",
+    "kernel_angle": "observables",
+    "kernel_distance": "observables",
+    "log_spaced": "schedules",
+    "per_example_grad_norms": "observables",
+    "read_json_lines": "recorders",
+    "relative_drift": "observables",
+    "sgd_noise_scale": "observables",
+}
+
+if TYPE_CHECKING:
+    from .estimators import Ema as Ema
+    from .estimators import Estimator as Estimator
+    from .estimators import HalfRun as HalfRun
+    from .estimators import Last as Last
+    from .estimators import Mean as Mean
+    from .estimators import Reference as Reference
+    from .estimators import Window as Window
+    from .monitor import Monitor as Monitor
+    from .observables import Estimate as Estimate
+    from .observables import FluctuationDissipation as FluctuationDissipation
+    from .observables import GradientNoiseScale as GradientNoiseScale
+    from .observables import JacobianNorm as JacobianNorm
+    from .observables import NeuralTangentKernel as NeuralTangentKernel
+    from .observables import Observable as Observable
+    from .observables import default_observables as default_observables
+    from .observables import empirical_ntk as empirical_ntk
+    from .observables import fluctuation_dissipation as fluctuation_dissipation
+    from .observables import gradient_noise_scale as gradient_noise_scale
+    from .observables import jacobian_norms as jacobian_norms
+    from .observables import jacobian_singular_values as jacobian_singular_values
+    from .observables import kernel_alignment as kernel_alignment
+    from .observables import kernel_angle as kernel_angle
+    from .observables import kernel_distance as kernel_distance
+    from .observables import per_example_grad_norms as per_example_grad_norms
+    from .observables import relative_drift as relative_drift
+    from .observables import sgd_noise_scale as sgd_noise_scale
+    from .recorders import JSONLinesRecorder as JSONLinesRecorder
+    from .recorders import MemoryRecorder as MemoryRecorder
+    from .recorders import Recorder as Recorder
+    from .recorders import TensorBoardRecorder as TensorBoardRecorder
+    from .recorders import read_json_lines as read_json_lines
+    from .records import Quantity as Quantity
+    from .records import Reading as Reading
+    from .schedules import Schedule as Schedule
+    from .schedules import at as at
+    from .schedules import every as every
+    from .schedules import log_spaced as log_spaced
+    from .snapshot import Probe as Probe
+    from .snapshot import Snapshot as Snapshot
+
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'gradiometer' has no attribute {name!r}")
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,33 @@
+"""The command line: ``gradiometer demo``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ._version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Command-line arguments; those of the process when ``None``.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog="gradiometer", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="train a small network under the instruments")
+    demo.add_argument("--model", choices=("convnet", "gpt"), default="convnet", help="what to train")
+    demo.add_argument("--steps", type=int, default=None, help="optimizer steps")
+    demo.add_argument("--logdir", type=Path, default=Path("runs"), help="folder for TensorBoard")
+    demo.add_argument("--quiet", action="store_true", help="no progress bar")
+    options = parser.parse_args(arguments)
+    from .demo.run import run_demo
+
+    run_demo(options.model, steps=options.steps, log_dir=options.logdir, quiet=options.quiet)
+    return 0

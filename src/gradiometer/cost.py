@@ -1,0 +1,86 @@
+"""What measuring costs: medians of observed times, as a share of the user's own loop."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+_KEPT = 64
+
+
+class CostLedger:
+    """Seconds spent by each observable, the distance between its events, and the user's step time.
+
+    Host time: on an accelerator it includes waiting for the device at recording steps only. Holds a
+    bounded number of timings and is not part of a checkpoint.
+
+    Example:
+        >>> ledger = CostLedger()
+        >>> for step in range(20):
+        ...     if step % 5 == 0:
+        ...         ledger.spent("ntk", step, 0.1)
+        ...     ledger.step_done(1.0, 0.1 if step % 5 == 0 else 0.0)
+        >>> round(ledger.shares()["ntk"], 3), round(ledger.fraction(), 3)
+        (0.02, 0.02)
+    """
+
+    def __init__(self) -> None:
+        self._costs: dict[str, deque[float]] = {}
+        self._gaps: dict[str, deque[int]] = {}
+        self._last: dict[str, int] = {}
+        self._steps: deque[float] = deque(maxlen=_KEPT)
+        self._user_seconds = 0.0
+        self._own_seconds = 0.0
+
+    def spent(self, name: str, step: int, seconds: float) -> None:
+        """Note one event of an observable.
+
+        Args:
+            name: The observable's group.
+            step: The step it happened at.
+            seconds: Host time.
+        """
+        self._costs.setdefault(name, deque(maxlen=_KEPT)).append(seconds)
+        if name in self._last and step > self._last[name]:
+            self._gaps.setdefault(name, deque(maxlen=8)).append(step - self._last[name])
+        self._last[name] = step
+
+    def step_done(self, user_seconds: float, own_seconds: float) -> None:
+        """Note one optimizer step.
+
+        Args:
+            user_seconds: The loop's time without measuring.
+            own_seconds: Time spent measuring.
+        """
+        self._steps.append(user_seconds)
+        self._user_seconds += user_seconds
+        self._own_seconds += own_seconds
+
+    def fraction(self) -> float:
+        """All time spent measuring over all time of the loop without it; ``nan`` at the first step."""
+        return self._own_seconds / self._user_seconds if self._user_seconds > 0 else float("nan")
+
+    def shares(self) -> dict[str, float]:
+        """Median cost times cadence over the median step, by observable; after its second event."""
+        if not self._steps or median(self._steps) <= 0:
+            return {}
+        step = median(self._steps)
+        return {name: median(self._costs[name]) / (median(gaps) * step) for name, gaps in self._gaps.items()}
+
+    def stretched(self, name: str) -> None:
+        """Expect an observable's events at twice the distance from now on.
+
+        Args:
+            name: The observable's group.
+        """
+        gaps = self._gaps[name]
+        self._gaps[name] = deque([round(2 * median(gaps))], maxlen=gaps.maxlen)
+
+    def describe(self) -> dict[str, str]:
+        """Median cost per event and share, in words, by observable."""
+        shares = self.shares()
+        return {
+            name: f"{1000 * median(costs):.2g} ms each time"
+            + (f", {100 * shares[name]:.2g} % of the loop" if name in shares else "")
+            for name, costs in self._costs.items()
+        }

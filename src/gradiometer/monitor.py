@@ -1,0 +1,722 @@
+"""The engine: knows when something is due, gathers it once, and never disturbs the run.
+
+One optimizer step passes through four moments. ``micro_batch`` surrounds each forward and backward;
+``before_step`` finds the full gradient in place and the weights as they were for this batch's loss; the
+optimizer's own post-step hook sees the update that was really made; then everything due is averaged,
+read and recorded. No observable is known here by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import parallel
+from ._types import Forward
+from .autodiff.functional import (
+    check_inputs,
+    detached_copy,
+    examples,
+    matrix_forward,
+    measuring,
+    pure_function,
+    take,
+)
+from .collect import COLLECTORS, Collector, Run, group_settings, split_batch
+from .cost import CostLedger
+from .errors import (
+    CostWarning,
+    InputError,
+    MeasurementWarning,
+    SampleSkippedError,
+    UnsupportedError,
+)
+from .estimators import Estimator
+from .observables import Observable, default_observables
+from .observables.base import Estimate
+from .recorders import Recorder
+from .records import Quantity, Reading, make_key, quantity_of
+from .snapshot import GroupSettings, Probe, Snapshot
+from .statistics import delete_block_jackknife
+from .verdict import table
+
+STATE_VERSION = 1
+_TRIES = 3
+_UNREAD = 256
+_COST = {
+    "fraction": Quantity("1", "Time spent measuring over the loop's own time, since the beginning."),
+    "seconds": Quantity("s", "Host time spent measuring at this step."),
+}
+
+
+@dataclass
+class _Slot:
+    """One observable, its estimator, and what the engine remembers about the pair."""
+
+    observable: Observable
+    estimator: Estimator
+    stretch: int = 1
+    seen: int = 0
+    owed: bool = False
+    failures: int = 0
+    retired: bool = False
+    # of this step only
+    recording: bool = False
+    sampling: bool = False
+    failed: bool = False
+    sample: Mapping[str, Tensor] | None = None
+    levels: Mapping[str, Tensor] = field(default_factory=dict)
+    note: str = ""
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.observable.group
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.observable.required(self.recording)
+
+    def begin(self, step: int) -> None:
+        """Decide whether anything is due at this step."""
+        due = not self.retired and self.observable.samples(step)
+        self.seen += due
+        kept = due and (self.seen - 1) % self.stretch == 0
+        self.sampling = (kept or self.owed) and not self.retired
+        self.recording = self.owed or (kept and self.observable.due(step))
+        self.failed, self.sample, self.levels, self.note, self.seconds = False, None, {}, "", 0.0
+
+
+class Monitor:
+    """Measures a training run from inside, without changing it.
+
+    Args:
+        model: The model being trained, not wrapped for data parallelism.
+        optimizer: Its optimizer. A post-step hook is registered here and removed by :meth:`close`.
+        observables: What to measure; the default set when ``None``.
+        recorders: Where readings go: callables ``(step, readings) -> None``.
+        forward: Maps ``(model, x)`` to outputs ``[N, O]``. By default ``model(x)``; logits of a mapping,
+            the last position of a sequence.
+        loss_reduction: Whether the loss is the ``"mean"`` or the ``"sum"`` over a batch's examples.
+        probe: Fixed batch for kernels and Jacobians, ``x`` or ``(x, y)``; by default the first
+            ``probe_size`` examples of the first batch. It is kept in the checkpoint.
+        probe_size: Examples in the default probe.
+        dataset_size: Examples in the training set, for SGD's noise scale.
+        prefix: First part of every log key; no slash.
+        on_error: ``"warn"`` turns failures into one warning and ``nan``; ``"raise"`` is for tests.
+        budget: Largest share of the loop's time that measuring may take. When it is exceeded at a
+            recording step, the cadence of the dearest observable is doubled.
+
+    Raises:
+        InputError: If an argument cannot be used, with what to write instead.
+
+    Example:
+        >>> from gradiometer import MemoryRecorder
+        >>> torch.manual_seed(0); net = nn.Linear(3, 2)  # doctest: +ELLIPSIS
+        <torch._C.Generator object at ...>
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> memory = MemoryRecorder()
+        >>> with Monitor(net, optimizer, recorders=[memory], dataset_size=100) as monitor:
+        ...     for _ in range(3):
+        ...         x, y = torch.randn(8, 3), torch.randint(2, (8,))
+        ...         with monitor.micro_batch(x, y):
+        ...             nn.functional.cross_entropy(net(x), y).backward()
+        ...         monitor.before_step()
+        ...         optimizer.step(); optimizer.zero_grad()
+        >>> [step for step, _ in memory.series("dynamics/ntk/drift")]
+        [0, 1, 2]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        observables: Sequence[Observable] | None = None,
+        *,
+        recorders: Sequence[Recorder] = (),
+        forward: Forward | None = None,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        probe: Any = None,
+        probe_size: int = 32,
+        dataset_size: int | None = None,
+        prefix: str = "dynamics",
+        on_error: Literal["warn", "raise"] = "warn",
+        budget: float | None = None,
+    ) -> None:
+        chosen = default_observables() if observables is None else tuple(observables)
+        _check_arguments(model, chosen, loss_reduction, probe_size, prefix, on_error, budget)
+        self.model = model
+        self.optimizer = optimizer
+        self.step = 0
+        self.dataset_size = dataset_size
+        self.latest: dict[str, Reading] = {}
+        self._new: list[Reading] = []
+        self._slots = [_Slot(each, copy.deepcopy(each.estimator)) for each in chosen]
+        self._recorders: list[Any] = list(recorders)
+        self._forward = forward or matrix_forward
+        self._loss_reduction = loss_reduction
+        self._probe_size = probe_size
+        self._prefix = prefix
+        self._on_error = on_error
+        self._budget = budget
+        self._run = Run(model, optimizer)
+        self._collectors: dict[str, Collector] = {}
+        self._errors: dict[str, Exception] = {}
+        self._warned: set[str] = set()
+        self._begun = self._ready = False
+        self.cost = CostLedger()
+        self._own_seconds = 0.0
+        self._step_began: float | None = None
+        self._probe: Probe | None = None if probe is None else self._given_probe(probe)
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    # -- the four moments --------------------------------------------------------------------------
+
+    @contextmanager
+    def micro_batch(self, x: Any, y: Tensor | None = None) -> Iterator[None]:
+        """Surround one forward and backward; once per accumulated micro-batch.
+
+        Args:
+            x: The model's inputs, first dimension the examples.
+            y: Their targets, for the alignment of the kernel.
+        """
+        self.begin_micro_batch(x, y)
+        try:
+            yield
+        finally:
+            self.end_micro_batch()
+
+    def begin_micro_batch(self, x: Any, y: Tensor | None = None) -> None:
+        """As entering :meth:`micro_batch`, for loops made of callbacks."""
+        with self._timed("starting a micro-batch"):
+            if self._ready:
+                self._abandon_step()
+            if self._probe is None and any(not slot.retired for slot in self._slots):
+                self._probe = self._probe_from(x, y)
+            if not self._begun:
+                self._begin_step()
+            size = examples(x)
+            self._run.sizes.append(size)
+            for name, collector in self._collectors.items():
+                self._attempt(name, collector.enter, size)
+
+    def begin_batch(self, batch: Any, input_key: str | None = None, target_key: str | None = None) -> None:
+        """As :meth:`begin_micro_batch`, with a whole batch: a pair, or a mapping with these keys.
+
+        Args:
+            batch: What the loader gives.
+            input_key: Key of the inputs in a mapping.
+            target_key: Key of the targets in a mapping.
+        """
+        with self._timed("reading the batch"):
+            x, y = split_batch(batch, input_key, target_key)
+            self.begin_micro_batch(x, y)
+
+    def end_micro_batch(self) -> None:
+        """As leaving :meth:`micro_batch`."""
+        with self._timed("ending a micro-batch"):
+            for name, collector in self._collectors.items():
+                self._attempt(name, collector.exit)
+
+    def before_step(self, *, grad_scale: float = 1.0, loss_scale: float | None = None) -> None:
+        """The full gradient is in place and not yet clipped; call once before ``optimizer.step()``.
+
+        Args:
+            grad_scale: Factor still in ``.grad``: ``scaler.get_scale()`` before unscaling, else 1.
+            loss_scale: Factor on the loss in the backward pass; ``grad_scale`` when ``None``. After
+                ``scaler.unscale_(optimizer)`` write ``loss_scale=scaler.get_scale()``.
+        """
+        with self._timed("before the step"):
+            if not self._begun:
+                self._begin_step()
+            self._ready = True
+            self._run.grad_scale = grad_scale
+            self._run.loss_scale = grad_scale if loss_scale is None else loss_scale
+            for name, collector in self._collectors.items():
+                self._attempt(name, collector.before_step)
+            early = {"probe"} | {n for n in COLLECTORS if COLLECTORS[n].moment == "before_step"}
+            due = [slot for slot in self._slots if slot.sampling and slot.needs <= early]
+            self._evaluate(due)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """The optimizer's post-step hook: the update has been made."""
+        del optimizer, args, kwargs
+        with self._timed("after the step"):
+            self._run.updates += 1
+            if not self._begun:
+                self._begin_step()
+            if not self._ready and self._collectors:
+                self._warn(
+                    "monitor.before_step() was not called before optimizer.step(): what needs the "
+                    "gradient or the weights before the update is left out at such steps."
+                )
+            due = [slot for slot in self._slots if slot.sampling and slot.sample is None]
+            self._evaluate([slot for slot in due if not slot.failed])
+            self._record()
+        self._finish_step()
+        self.step += 1
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def _begin_step(self) -> None:
+        """Find out what is due and make the collectors for it, and for nothing else."""
+        self._begun = True
+        self._run.sizes = []
+        self._errors = {}
+        if self._step_began is None:
+            self._step_began = perf_counter()
+        for slot in self._slots:
+            slot.begin(self.step)
+        needed = {need for slot in self._slots if slot.sampling for need in slot.needs}
+        self._collectors = {n: COLLECTORS[n](self._run) for n in needed if n in COLLECTORS}
+
+    def _evaluate(self, due: Sequence[_Slot]) -> None:
+        """Run the observables whose fields are complete at this moment."""
+        if not due:
+            return
+        needed = {need for slot in due for need in slot.needs}
+        fields: dict[str, Any] = {}
+        for name in needed & set(self._collectors):
+            if name not in self._errors:
+                result = self._attempt(name, self._collectors[name].result)
+                if name not in self._errors:
+                    fields[name] = result
+        snapshot = self._snapshot().replace(**fields)
+        for slot in due:
+            began = perf_counter()
+            broken = next((self._errors[n] for n in slot.needs if n in self._errors), None)
+            try:
+                if broken is not None:
+                    raise broken
+                slot.sample = {k: v.detach() for k, v in slot.observable.statistics(snapshot).items()}
+                if slot.recording:
+                    slot.levels = slot.observable.levels(snapshot)
+                    slot.note = slot.observable.note(snapshot)
+            except Exception as error:
+                self._fail(slot, error)
+            slot.seconds += perf_counter() - began
+
+    def _snapshot(self) -> Snapshot:
+        """The fields that cost nothing."""
+        snapshot = Snapshot(
+            step=self.step,
+            model=self.model,
+            forward=self._forward,
+            groups=group_settings(self.optimizer),
+            loss_reduction=self._loss_reduction,
+        )
+        if self._run.sizes:
+            size = sum(self._run.sizes) * parallel.world_size()
+            snapshot = snapshot.replace(batch_size=size)
+        if self._probe is not None:
+            snapshot = snapshot.replace(probe=self._probe)
+        if self.dataset_size is not None:
+            snapshot = snapshot.replace(dataset_size=self.dataset_size)
+        return snapshot
+
+    def _record(self) -> None:
+        """Average what was sampled, read what is due, and hand it to the recorders."""
+        for slot in self._slots:
+            if slot.sample is not None and not slot.failed:
+                slot.estimator.add(slot.sample)
+        recording = [slot for slot in self._slots if slot.recording]
+        if not recording:
+            return
+        self._reduce(recording)
+        readings: list[Reading] = []
+        for slot in recording:
+            began = perf_counter()
+            if not slot.failed:
+                try:
+                    readings += self._read(slot)
+                    slot.owed, slot.failures = False, 0
+                except Exception as error:
+                    self._fail(slot, error)
+            if slot.failed and not slot.owed:
+                readings += self._unknown(slot)
+            slot.seconds += perf_counter() - began
+        if not readings:
+            return
+        self._keep_budget()
+        spent = self._own_seconds + sum(slot.seconds for slot in recording)
+        readings += [
+            self._reading("cost", _COST, "fraction", self.cost.fraction(), math.nan, ""),
+            self._reading("cost", _COST, "seconds", spent, math.nan, ""),
+        ]
+        self.latest.update({reading.key: reading for reading in readings})
+        self._new = (self._new + readings)[-_UNREAD:]
+        for recorder in list(self._recorders):
+            try:
+                recorder(self.step, readings)
+            except Exception as error:
+                if self._on_error == "raise":
+                    raise
+                self._recorders.remove(recorder)
+                self._warn(f"{type(recorder).__name__} failed and is left out: {error}")
+
+    def _read(self, slot: _Slot) -> list[Reading]:
+        """Close the block, read the averages, and add errors from leaving blocks out."""
+        slot.estimator.close(self.step, slot.levels)
+        reference = slot.estimator.reference()
+        values = slot.observable.readings(slot.estimator.averages(), reference)
+        plain = [name for name, value in values.items() if _is_number(value)]
+        errors = dict.fromkeys(plain, math.nan)
+        left_out, weights = slot.estimator.left_out()
+        if plain and len(left_out) >= 4:
+            rows = [slot.observable.readings(each, reference) for each in left_out]
+            stacked = torch.stack([_row(row, plain) for row in rows])
+            stderr = delete_block_jackknife(_row(values, plain), stacked, weights)
+            errors = dict(zip(plain, stderr.tolist(), strict=True))
+        groups = group_settings(self.optimizer)
+        table = slot.observable.quantities
+        readings = []
+        for name, value in values.items():
+            own = value if isinstance(value, Estimate) else Estimate(value, errors.get(name))
+            label = _named_group(name, groups)
+            readings.append(self._reading(slot.name, table, label, own.value, own.stderr, slot.note))
+        return readings
+
+    def _reading(
+        self,
+        group: str,
+        quantities: Mapping[str, Quantity],
+        name: str,
+        value: Any,
+        stderr: Any,
+        note: str,
+    ) -> Reading:
+        quantity = quantity_of(name, quantities)
+        number: Any = float(value) if _is_number(value) else value.detach().cpu().numpy()
+        return Reading(
+            key=make_key(self._prefix, group, name),
+            value=number,
+            stderr=math.nan if stderr is None else float(stderr),
+            unit=quantity.unit,
+            sentence=quantity.sentence,
+            note=note,
+        )
+
+    def _unknown(self, slot: _Slot) -> list[Reading]:
+        """``nan`` under every name the observable reads, arrays aside."""
+        held = {key for key, reading in self.latest.items() if not isinstance(reading.value, float)}
+        return [
+            self._reading(slot.name, slot.observable.quantities, name, math.nan, math.nan, "")
+            for name in slot.observable.quantities
+            if make_key(self._prefix, slot.name, name) not in held and name not in slot.observable.arrays
+        ]
+
+    def _reduce(self, recording: Sequence[_Slot]) -> None:
+        """Average open blocks over processes; a sample that failed on one rank failed on all."""
+        if parallel.world_size() == 1:
+            return
+        device = next(self.model.parameters()).device
+        agreed = parallel.everywhere([not slot.failed for slot in recording], device)
+        kept = [slot for slot, good in zip(recording, agreed, strict=True) if good]
+        for slot, good in zip(recording, agreed, strict=True):
+            if not good and not slot.failed:
+                self._fail(slot, SampleSkippedError("another process could not measure"))
+        pending = [slot.estimator.pending for slot in kept]
+        flat = [tensor for sums, _ in pending for tensor in sums.values()]
+        means = iter(parallel.mean(flat, device))
+        for slot, (sums, weight) in zip(kept, pending, strict=True):
+            slot.estimator.pending = ({name: next(means) for name in sums}, weight)
+
+    def _finish_step(self) -> None:
+        """Take everything off, note the cost, and get ready for the next step."""
+        now = perf_counter()
+        own = self._own_seconds
+        for name, collector in self._collectors.items():
+            own += collector.seconds_in_hooks
+            users = [slot for slot in self._slots if slot.sampling and name in slot.needs]
+            for slot in users:
+                slot.seconds += collector.seconds_in_hooks / len(users)
+        for slot in self._slots:
+            if slot.sampling:
+                self.cost.spent(slot.name, self.step, slot.seconds)
+        if self._step_began is not None:
+            self.cost.step_done(max(now - self._step_began - own, 0.0), own)
+        self._close_collectors()
+        self._run.micro_batches_before = len(self._run.sizes)
+        self._own_seconds = 0.0
+        self._step_began = now
+        self._begun = self._ready = False
+
+    def _abandon_step(self) -> None:
+        """The optimizer made no step after ``before_step`` (a scaler skipped it): measure the next."""
+        for slot in self._slots:
+            slot.owed = slot.owed or slot.recording
+        self._close_collectors()
+        self._begun = self._ready = False
+
+    def _close_collectors(self) -> None:
+        for name, collector in self._collectors.items():
+            self._attempt(name, collector.close)
+        self._collectors = {}
+
+    # -- failure is contained ----------------------------------------------------------------------
+
+    def _attempt(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run one stage of a collector; an error stays with the observables that need its field."""
+        began = perf_counter()
+        try:
+            return function(*arguments)
+        except Exception as error:
+            self._errors.setdefault(name, error)
+            return None
+        finally:
+            users = [slot for slot in self._slots if slot.sampling and name in slot.needs]
+            for slot in users:
+                slot.seconds += (perf_counter() - began) / len(users)
+
+    def _fail(self, slot: _Slot, error: Exception) -> None:
+        """One warning for each message; retire what can never work, retry the rest."""
+        if self._on_error == "raise":
+            raise error
+        slot.failed, slot.sample, slot.levels = True, None, {}
+        what = f"{type(slot.observable).__name__} at step {self.step}"
+        if isinstance(error, SampleSkippedError):
+            slot.owed = slot.owed or slot.recording
+            self._warn(f"{what}: {error} The sample is left out; the next step is tried.", str(error))
+            return
+        slot.failures += 1
+        slot.owed = False
+        slot.retired = isinstance(error, UnsupportedError) or slot.failures >= _TRIES
+        fate = "It is left out from here on." if slot.retired else "It reads nan and is tried again."
+        text = f"{error}" if str(error) else type(error).__name__
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            text += " Pass a smaller probe_size= or max_memory=."
+        if not isinstance(error, (InputError, UnsupportedError)):
+            text = f"{type(error).__name__}: {text}"
+        self._warn(f"{what}: {text} {fate} Training goes on.", f"{slot.name}:{text}")
+
+    def _warn(self, message: str, key: str | None = None) -> None:
+        """Say each thing once."""
+        if (key or message) not in self._warned:
+            self._warned.add(key or message)
+            warnings.warn(message, MeasurementWarning, stacklevel=2)
+
+    @contextmanager
+    def _timed(self, moment: str) -> Iterator[None]:
+        """Count the time and let no error of ours reach the loop."""
+        began, before = perf_counter(), self._own_seconds
+        try:
+            yield
+        except Exception as error:
+            if self._on_error == "raise":
+                raise
+            self._warn(f"measuring failed {moment}: {type(error).__name__}: {error}. Training goes on.")
+        finally:
+            self._own_seconds = before + perf_counter() - began  # also right where calls nest
+
+    # -- budget ------------------------------------------------------------------------------------
+
+    def _keep_budget(self) -> None:
+        """Double the cadence of the dearest observable while the sum of shares is above the budget."""
+        if self._budget is None:
+            return
+        shares = self.cost.shares()
+        names = [slot.name for slot in self._slots]
+        over = sum(shares.values()) > self._budget
+        dearest = names.index(max(shares, key=lambda name: shares[name])) if over else -1
+        decision = parallel.broadcast(torch.tensor(dearest, device=next(self.model.parameters()).device))
+        if int(decision) >= 0:
+            slot = self._slots[int(decision)]
+            slot.stretch *= 2
+            if slot.name in shares:
+                self.cost.stretched(slot.name)
+            message = f"measuring is above budget={self._budget}: {slot.name} is measured half as often"
+            if slot.name not in self._warned:
+                self._warned.add(slot.name)
+                warnings.warn(message, CostWarning, stacklevel=2)
+
+    # -- the probe ---------------------------------------------------------------------------------
+
+    def _given_probe(self, probe: Any) -> Probe:
+        if not isinstance(probe, Probe):
+            pair = isinstance(probe, (tuple, list))
+            probe = Probe(probe[0], probe[1] if len(probe) > 1 else None) if pair else Probe(probe)
+        check_inputs(self.model, probe.inputs)
+        try:
+            with measuring(self.model), torch.no_grad():
+                function, parameters = pure_function(self.model, self._forward)
+                function(parameters, take(probe.inputs, slice(0, 1)))
+        except (RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            shapes = [list(t.shape) for t in pytree.tree_leaves(probe.inputs) if isinstance(t, Tensor)]
+            raise InputError(
+                "the model cannot be called with the probe",
+                got=f"inputs of shape {shapes}: {error}",
+                fix="Pass probe=(x, y) with x as the model takes it, first dimension the examples.",
+            ) from error
+        return Probe(detached_copy(probe.inputs), detached_copy(probe.targets))
+
+    def _probe_from(self, x: Any, y: Tensor | None) -> Probe:
+        """The first examples of rank 0's first batch."""
+        first = slice(0, self._probe_size)
+        inputs = detached_copy(take(dict(x) if isinstance(x, Mapping) else x, first))
+        same = isinstance(y, Tensor) and y.ndim > 0 and len(y) == examples(x)
+        targets = y[first].detach().clone() if same and y is not None else None
+        return Probe(parallel.broadcast(inputs), parallel.broadcast(targets))
+
+    def take_new(self) -> list[Reading]:
+        """Readings recorded since the last call, for loops that log at a moment of their own."""
+        new, self._new = self._new, []
+        return new
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def table(self) -> str:
+        """The closing table: reading, error, unit, sentence, cost."""
+        return table(self.latest, self.cost.describe())
+
+    def close(self) -> None:
+        """Remove the hook and close the recorders; may be called twice."""
+        self._handle.remove()
+        self._close_collectors()
+        for recorder in self._recorders:
+            finish = getattr(recorder, "close", None)
+            if finish is not None:
+                finish()
+        self._recorders = []
+
+    def __enter__(self) -> Monitor:
+        """The monitor itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close."""
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that readings depend on, as tensors and numbers.
+
+        The probe is part of it: a checkpoint then holds training examples.
+        """
+        probe = None
+        if self._probe is not None:
+            probe = {"inputs": self._probe.inputs, "targets": self._probe.targets}
+        return {
+            "version": STATE_VERSION,
+            "step": self.step,
+            "updates": self._run.updates,
+            "micro_batches": self._run.micro_batches_before,
+            "probe": probe,
+            "observables": {
+                slot.name: {
+                    "estimator": slot.estimator.state_dict(),
+                    "stretch": slot.stretch,
+                    "seen": slot.seen,
+                    "owed": slot.owed,
+                    "failures": slot.failures,
+                    "retired": slot.retired,
+                }
+                for slot in self._slots
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`.
+
+        Args:
+            state: What ``state_dict`` returned, also after a round trip through ``torch.save``.
+
+        Raises:
+            InputError: If it was written by a later version.
+        """
+        if state["version"] > STATE_VERSION:
+            raise InputError(
+                f"this version reads monitor states up to {STATE_VERSION}",
+                got=state["version"],
+                fix="Install the version of gradiometer that wrote the checkpoint.",
+            )
+        self.step = state["step"]
+        self._run.updates = state["updates"]
+        self._run.micro_batches_before = state["micro_batches"]
+        if state["probe"] is not None:
+            device = next(self.model.parameters()).device
+            moved = pytree.tree_map(
+                lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, state["probe"]
+            )
+            self._probe = Probe(moved["inputs"], moved["targets"])
+        saved = dict(state["observables"])
+        for slot in self._slots:
+            own = saved.pop(slot.name, None)
+            if own is None:
+                continue
+            slot.estimator.load_state_dict(own["estimator"])
+            slot.stretch, slot.seen, slot.owed = own["stretch"], own["seen"], own["owed"]
+            slot.failures, slot.retired = own["failures"], own["retired"]
+        if saved:
+            self._warn(f"the checkpoint also holds {sorted(saved)}, which this monitor does not measure.")
+
+
+def _check_arguments(
+    model: nn.Module,
+    observables: Sequence[Observable],
+    loss_reduction: str,
+    probe_size: int,
+    prefix: str,
+    on_error: str,
+    budget: float | None,
+) -> None:
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(
+            f"{type(model).__name__} has no trainable parameter",
+            fix="Call model.requires_grad_(True) on the part that is trained.",
+        )
+    groups = [observable.group for observable in observables]
+    for observable in observables:
+        if not isinstance(observable, Observable):
+            raise InputError(
+                "observables must be Observable values",
+                got=repr(observable),
+                fix="Write observables=[NeuralTangentKernel(), GradientNoiseScale()].",
+            )
+    twice = {group for group in groups if groups.count(group) > 1}
+    if twice:
+        raise InputError(
+            "two observables would write under the same keys",
+            got=sorted(twice),
+            fix="Give each kind once, or use two monitors with different prefix=.",
+        )
+    if loss_reduction not in ("mean", "sum"):
+        raise InputError("unknown loss_reduction", got=repr(loss_reduction), fix='Write "mean" or "sum".')
+    if probe_size < 1:
+        raise InputError("probe_size must be at least 1", got=probe_size, fix="Write probe_size=32.")
+    if not prefix or "/" in prefix:
+        raise InputError(
+            "prefix must be one word without a slash",
+            got=repr(prefix),
+            fix='Write prefix="dynamics".',
+        )
+    if on_error not in ("warn", "raise"):
+        raise InputError("unknown on_error", got=repr(on_error), fix='Write "warn" or "raise".')
+    if budget is not None and not 0 < budget < 1:
+        raise InputError("budget is a share between 0 and 1", got=budget, fix="Write budget=0.05.")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Estimate):
+        return False
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _row(values: Mapping[str, Any], names: Sequence[str]) -> Tensor:
+    return torch.tensor([float(values[name]) for name in names], dtype=torch.float64)
+
+
+def _named_group(name: str, groups: Sequence[GroupSettings]) -> str:
+    """``ratio/1`` with the second group's own name in the place of its index."""
+    base, _, index = name.partition("/")
+    return f"{base}/{groups[int(index)].name}" if index else name

@@ -1,0 +1,44 @@
+"""Hand readings to the loggers of a training framework, whatever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..records import Reading, scalars
+from .tensorboard import custom_scalars_layout, write_arrays
+
+
+class LoggersRecorder:
+    """Calls ``log_metrics(dict, step)`` on every logger; TensorBoard also gets kernels and spectra.
+
+    Loggers are told apart by the name of their class, which serves both namespaces of Lightning and
+    imports nothing.
+
+    Args:
+        loggers: Objects with ``log_metrics``.
+        layout: Also write a custom-scalars layout into TensorBoard.
+        prefix: Prefix of the keys in the layout.
+
+    Example:
+        >>> class Logger:
+        ...     def log_metrics(self, metrics, step):
+        ...         print(step, metrics)
+        >>> LoggersRecorder([Logger()])(7, [Reading("dynamics/ntk/drift", 0.5)])
+        7 {'dynamics/ntk/drift': 0.5}
+    """
+
+    def __init__(self, loggers: Sequence[Any], *, layout: bool = False, prefix: str = "dynamics") -> None:
+        self._loggers = list(loggers)
+        self._boards = [one for one in self._loggers if type(one).__name__ == "TensorBoardLogger"]
+        if layout:
+            for board in self._boards:
+                board.experiment.add_custom_scalars(custom_scalars_layout(prefix))
+
+    def __call__(self, step: int, readings: Sequence[Reading]) -> None:
+        """Log one record."""
+        numbers = scalars(list(readings))
+        for logger in self._loggers:
+            logger.log_metrics(numbers, step=step)
+        for board in self._boards:
+            write_arrays(board.experiment, step, readings)
