@@ -1,0 +1,180 @@
+"""The Lightning callback: translates hooks, and nothing else.
+
+Every hook hands its arguments to the engine; when to measure, what, and how stands in
+``gradiometer.monitor``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from gradiometer.collect import dataset_size_of, loss_scales, selected_forward
+from gradiometer.monitor import Monitor
+from gradiometer.observables import Observable
+from gradiometer.recorders import LoggersRecorder
+from gradiometer.records import scalars
+
+
+class DynamicsMonitor(pl.Callback):
+    """Measure the dynamics of a Lightning run and log them beside its loss curves.
+
+    Readings go to every logger on the step axis of the losses, at their own cadence, and to
+    ``trainer.callback_metrics``, so that ``EarlyStopping`` and ``ModelCheckpoint`` can watch them.
+    Weights after training are bit-identical with and without this callback.
+
+    Args:
+        observables: What to measure; the default set when left out.
+        model: Attribute of the LightningModule that holds the network, such as ``backbone``; the
+            module itself when left out. Its ``forward`` maps inputs to outputs ``[N, O]``.
+        input_key: Key of the inputs where batches are mappings.
+        target_key: Key of the targets where batches are mappings.
+        output_key: Key of the logits where the network returns a mapping or an object.
+        loss_reduction: Whether the loss is a mean or a sum over the examples of a batch.
+        probe_size: Number of examples of the first batch on which kernels and Jacobians are evaluated.
+        prefix: First part of every log key.
+        on_error: Turn failures into a warning, or raise them.
+        budget: Largest share of the loop's time that measuring may take; no limit when left out.
+        progress_bar: Keys, without the prefix, that are also shown in the progress bar.
+        layout: Whether to write a custom-scalars layout into TensorBoard.
+        print_table: Whether to print the closing table.
+
+    Units:
+        See the reading table in ``docs/observables.md``.
+
+    Shapes:
+        Batches are ``(x, y)`` or mappings, with the examples in the first dimension.
+
+    Source:
+        The observables name theirs.
+
+    Raises:
+        InputError: If an argument cannot be used; at the start of training for what needs the model.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[DynamicsMonitor()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        observables: Sequence[Observable] | None = None,
+        *,
+        model: str | None = None,
+        input_key: str | None = None,
+        target_key: str | None = None,
+        output_key: str | None = None,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        probe_size: int = 32,
+        prefix: str = "dynamics",
+        on_error: Literal["warn", "raise"] = "warn",
+        budget: float | None = None,
+        progress_bar: Sequence[str] = ("noise/scale", "fdr/ratio"),
+        layout: bool = False,
+        print_table: bool = True,
+    ) -> None:
+        self.monitor: Monitor | None = None
+        self._engine: dict[str, Any] = {
+            "observables": observables,
+            "loss_reduction": loss_reduction,
+            "probe_size": probe_size,
+            "prefix": prefix,
+            "on_error": on_error,
+            "budget": budget,
+        }
+        self._model, self._output_key = model, output_key
+        self._keys = (input_key, target_key)
+        self._progress_bar = {f"{prefix}/{key}" for key in progress_bar}
+        self._layout, self._print_table = layout, print_table
+        self._saved: dict[str, Any] = {}
+        self._batches = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Build the engine on the optimizer that trains."""
+        if len(trainer.optimizers) != 1:
+            rank_zero_warn(f"DynamicsMonitor measures one optimizer, got {len(trainer.optimizers)}; off.")
+            return
+        if self.monitor is not None and not self._saved:
+            self._saved = self.state_dict()
+        self.monitor = Monitor(
+            pl_module,
+            trainer.optimizers[0],
+            recorders=[LoggersRecorder(trainer.loggers, layout=self._layout, prefix=self._engine["prefix"])],
+            forward=selected_forward(pl_module, self._model, self._output_key),
+            dataset_size=dataset_size_of(trainer.train_dataloader),
+            **self._engine,
+        )
+        if self._saved:
+            self.monitor.load_state_dict(self._saved["monitor"])
+            if self._saved["batches"] and not hasattr(trainer.train_dataloader, "state_dict"):
+                rank_zero_info(
+                    f"DynamicsMonitor resumes {self._saved['batches']} batches into an epoch with a loader "
+                    "that cannot: the epoch's batches are replayed, readings go on from the saved state."
+                )
+            self._saved = {}
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """A micro-batch begins."""
+        if self.monitor is not None:
+            self.monitor.step = trainer.global_step
+            self._batches = batch_idx + 1
+            self.monitor.begin_batch(batch, *self._keys)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Its backward pass is done."""
+        if self.monitor is not None:
+            self.monitor.end_micro_batch()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """The full, unclipped gradient is in place."""
+        if self.monitor is not None:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self.monitor.before_step(**loss_scales(scaler, optimizer))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Pass new readings to ``callback_metrics`` and the progress bar."""
+        if self.monitor is not None:
+            for key, value in scalars(self.monitor.take_new()).items():
+                pl_module.log(key, value, prog_bar=key in self._progress_bar, logger=False, batch_size=1)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A checkpoint from here on belongs to the end of an epoch."""
+        self._batches = 0
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the closing table and take everything off."""
+        if self.monitor is not None:
+            self.monitor.close()
+            if self._print_table and trainer.is_global_zero:
+                print(self.monitor.table())
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Take everything off when training breaks."""
+        if self.monitor is not None:
+            self.monitor.close()
+
+    @property
+    def state_key(self) -> str:
+        """Several monitors may run side by side under different prefixes."""
+        return self._generate_state_key(prefix=self._engine["prefix"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The engine's state."""
+        if self.monitor is None:
+            return self._saved
+        return {"monitor": self.monitor.state_dict(), "batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the engine is built."""
+        self._saved = state_dict
