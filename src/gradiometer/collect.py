@@ -145,10 +145,7 @@ class ChunkCollector(Collector):
             if p.requires_grad and p.grad is not None
         }
         if not self.run.sizes:
-            raise SampleSkippedError(
-                "no micro-batch was seen at this step",
-                fix="Put the forward and backward inside: with monitor.micro_batch(x, y): ...",
-            )
+            raise no_micro_batch()
         if not gradients:
             raise SampleSkippedError("no parameter has a gradient at this step")
         several = len(self.run.sizes) > 1
@@ -214,8 +211,8 @@ class UpdateCollector(Collector):
     """The displacement of each parameter group.
 
     Under SGD it is rebuilt from what the optimizer leaves behind: torch's buffer ``b`` is the direction
-    itself, and without a buffer, or with Nesterov, ``d (1 - lr wd) = grad + wd theta' + mu b``. Any other
-    optimizer costs a copy of the weights on sampled steps.
+    itself, and without momentum ``d (1 - lr wd) = grad + wd theta'``. Nesterov, whose multi-tensor form
+    overwrites the gradient, and any other optimizer cost a copy of the weights on sampled steps.
     """
 
     def __init__(self, run: Run) -> None:
@@ -224,7 +221,7 @@ class UpdateCollector(Collector):
 
     def before_step(self) -> None:
         """Copy the weights where the update cannot be rebuilt."""
-        if not is_sgd(self.run.optimizer):
+        if not is_rebuilt(self.run.optimizer):
             self.copies = [_copies(group["params"]) for group in self.run.optimizer.param_groups]
 
     def result(self) -> Update:
@@ -232,15 +229,15 @@ class UpdateCollector(Collector):
         squares, dots = [], []
         for g, group in enumerate(self.run.optimizer.param_groups):
             if self.copies is not None:
-                squares.append(_total(squared_norms, _differences(self.copies[g], group["params"])))
-                dots.append(torch.zeros_like(squares[-1]))
-            elif is_sgd(self.run.optimizer):
-                directions, velocities = sgd_directions(self.run.optimizer, group)
-                lr = float(group["lr"])
-                squares.append(lr**2 * _total(squared_norms, directions))
-                nesterov = bool(group["nesterov"]) and velocities
-                dot = _total(inner_products, directions, velocities) if nesterov else squares[-1] * 0
-                dots.append(lr * dot)
+                moved = _differences(self.copies[g], group["params"])
+                squares.append(_total(squared_norms, moved))
+                velocities = _velocities(self.run.optimizer, _trained(group["params"]))
+                nesterov = group.get("nesterov") and velocities
+                dots.append(_total(inner_products, moved, velocities) if nesterov else squares[-1] * 0)
+            elif is_rebuilt(self.run.optimizer):
+                directions = sgd_directions(self.run.optimizer, group)
+                squares.append(float(group["lr"]) ** 2 * _total(squared_norms, directions))
+                dots.append(squares[-1] * 0)
             else:
                 raise SampleSkippedError(
                     "the weights before the step were not seen", fix="Call monitor.before_step()."
@@ -270,7 +267,12 @@ class WorkCollector(Collector):
             old64 = [tensor.double() for tensor in old]
             moved = [tensor.double() for tensor in _differences(old, group["params"])]
             displacement.append(_total(inner_products, old64, moved))
-            if is_sgd(self.run.optimizer):
+            if is_sgd(self.run.optimizer) and group["nesterov"]:  # d = g + mu b
+                lr, momentum = float(group["lr"]), group["momentum"]
+                velocities = _velocities(self.run.optimizer, _trained(group["params"]))
+                used = [d / lr - momentum * b.double() for d, b in zip(moved, velocities, strict=True)]
+                gradient.append(_total(inner_products, old64, used))
+            elif is_sgd(self.run.optimizer):
                 sign = -1.0 if group["maximize"] else 1.0
                 used = [
                     sign * _gradient(p).double() + group["weight_decay"] * before
@@ -289,9 +291,9 @@ class WeightCollector(Collector):
         """Both, per parameter group."""
         squares, dots = [], []
         for group in self.run.optimizer.param_groups:
-            parameters = [p.detach() for p in group["params"] if p.requires_grad]
-            squares.append(_total(squared_norms, parameters))
-            held = [(p, _buffer(self.run.optimizer, p)) for p in _trained(group["params"])]
+            parameters = [p for p in group["params"] if p.requires_grad]  # idle ones count too
+            squares.append(_total(squared_norms, [p.detach() for p in parameters]))
+            held = [(p, _buffer(self.run.optimizer, p)) for p in parameters]
             pairs = [(p.detach(), b) for p, b in held if b is not None]
             zero = squares[-1] * 0
             dots.append(inner_products(*zip(*pairs, strict=True)).sum() if pairs else zero)
@@ -307,6 +309,14 @@ COLLECTORS: Mapping[str, type[Collector]] = {
 }
 
 
+def no_micro_batch() -> SampleSkippedError:
+    """What to say when a step passes of which nothing but the gradient was shown."""
+    return SampleSkippedError(
+        "no micro-batch was seen at this step",
+        fix="Put the forward and backward inside: with monitor.micro_batch(x, y): ...",
+    )
+
+
 def is_sgd(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the update is exactly that of ``torch.optim.SGD``.
 
@@ -314,6 +324,15 @@ def is_sgd(optimizer: torch.optim.Optimizer) -> bool:
         optimizer: Any optimizer.
     """
     return type(optimizer) is torch.optim.SGD
+
+
+def is_rebuilt(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the update can be read off after the step: SGD, but not Nesterov's.
+
+    Args:
+        optimizer: Any optimizer.
+    """
+    return is_sgd(optimizer) and not any(group["nesterov"] for group in optimizer.param_groups)
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> tuple[GroupSettings, ...]:
@@ -348,33 +367,28 @@ def group_settings(optimizer: torch.optim.Optimizer) -> tuple[GroupSettings, ...
     return tuple(settings)
 
 
-def sgd_directions(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Directions ``d = (theta_t - theta_{t+1}) / lr`` after a step of ``torch.optim.SGD``.
+def sgd_directions(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> list[Tensor]:
+    """Directions ``d = (theta_t - theta_{t+1}) / lr`` after a step of ``torch.optim.SGD`` without Nesterov.
 
     Args:
         optimizer: The optimizer, right after its step, gradients still in place.
         group: One of its parameter groups.
 
     Returns:
-        Directions and buffers of the parameters that had a gradient; no buffers without momentum.
+        Directions of the parameters that had a gradient; the buffers themselves under momentum.
     """
-    lr, decay, momentum = float(group["lr"]), group["weight_decay"], group["momentum"]
+    lr, decay = float(group["lr"]), group["weight_decay"]
     sign = -1.0 if group["maximize"] else 1.0
     parameters = _trained(group["params"])
-    velocities = [b for b in (_buffer(optimizer, p) for p in parameters) if b is not None]
-    if momentum and not group["nesterov"]:
-        return velocities, velocities
+    if group["momentum"]:
+        return _velocities(optimizer, parameters)
     directions = []
-    for i, parameter in enumerate(parameters):
+    for parameter in parameters:
         direction = sign * _gradient(parameter)
         if decay:
-            direction = direction.add(parameter.detach(), alpha=decay)
-        if momentum:
-            direction = direction.add(velocities[i], alpha=momentum)
-        directions.append(direction / (1.0 - lr * decay))
-    return directions, velocities
+            direction = direction.add(parameter.detach(), alpha=decay) / (1.0 - lr * decay)
+        directions.append(direction)
+    return directions
 
 
 def split_batch(
@@ -498,6 +512,10 @@ def _trained(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def _buffer(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
     return optimizer.state.get(parameter, {}).get("momentum_buffer") if is_sgd(optimizer) else None
+
+
+def _velocities(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [b for b in (_buffer(optimizer, p) for p in parameters) if b is not None]
 
 
 def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -56,9 +56,9 @@ class CostLedger:
         self._user_seconds += user_seconds
         self._own_seconds += own_seconds
 
-    def fraction(self) -> float:
-        """All time spent measuring over all time of the loop without it; ``nan`` at the first step."""
-        return self._own_seconds / self._user_seconds if self._user_seconds > 0 else float("nan")
+    def fraction(self) -> float | None:
+        """All time spent measuring over all time of the loop without it; unknown at the first step."""
+        return self._own_seconds / self._user_seconds if self._user_seconds > 0 else None
 
     def shares(self) -> dict[str, float]:
         """Median cost times cadence over the median step, by observable; after its second event."""

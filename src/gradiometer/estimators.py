@@ -7,6 +7,7 @@ what standard errors are made from.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,14 +20,19 @@ from .errors import InputError
 from .linalg import accumulation_dtype
 
 _JACKKNIFE_GROUPS = 16
+_FEWEST_GROUPS = 4
+
+
+Layout = list[tuple[str, list[int]]]
+"""Names and shapes of tensors that are kept as one flat vector."""
 
 
 @dataclass
 class Moment:
-    """Values of state functions (a kernel, a squared norm) right after one step."""
+    """State functions (a kernel, a squared norm) right after one step, as one float64 vector."""
 
     step: int
-    levels: dict[str, Tensor]
+    levels: Tensor
 
 
 @dataclass
@@ -56,16 +62,17 @@ class Reference:
 
 @dataclass
 class _Block:
-    """Weighted sums over consecutive samples, and the levels at the end of the last one."""
+    """Weighted sums over consecutive samples, as one vector, and the levels after the last one."""
 
-    sums: dict[str, Tensor]
+    sums: Tensor
     weight: float
     moment: Moment
     closes: int = 1
 
     def absorb(self, later: _Block) -> None:
-        """Append the block that follows."""
-        self.sums = {name: self.sums[name] + later.sums[name] for name in later.sums}
+        """Append the block that follows; either may be without a sample."""
+        both = self.weight > 0 and later.weight > 0
+        self.sums = self.sums + later.sums if both else later.sums if later.weight > 0 else self.sums
         self.weight += later.weight
         self.moment = later.moment
         self.closes += later.closes
@@ -77,6 +84,8 @@ class _State:
 
     open_sums: dict[str, Tensor] = field(default_factory=dict)
     open_weight: float = 0.0
+    sums_layout: Layout = field(default_factory=list)
+    levels_layout: Layout = field(default_factory=list)
     blocks: list[_Block] = field(default_factory=list)
     span: int = 1
     begin: int = -1
@@ -118,9 +127,14 @@ class Estimator(ABC):
         for name, value in statistics.items():
             value = value.detach().to(accumulation_dtype(value.device))
             total = state.open_sums.get(name)
-            state.open_sums[name] = (
-                value.clone() if total is None else total.to(value.device) * self.decay + value
-            )
+            if total is None:
+                state.open_sums[name] = value.clone()
+                continue
+            if total.device != value.device:  # after a checkpoint was loaded
+                total = state.open_sums[name] = total.to(value.device)
+            if self.decay != 1.0:
+                total.mul_(self.decay)
+            total.add_(value)
         state.open_weight = state.open_weight * self.decay + 1.0
 
     @property
@@ -144,18 +158,21 @@ class Estimator(ABC):
             levels: State functions at this step.
         """
         state = self._state
-        moment = Moment(step, {name: value.detach().cpu() for name, value in (levels or {}).items()})
+        moment = Moment(step, _flatten(levels or {}))
+        if levels:
+            state.levels_layout = _layout_of(levels)
         if state.begin < 0:
             state.begin = step
         if state.first is None:
             state.first = moment
         state.previous, state.now = state.now, moment
-        if moment.levels and state.origin is None:
+        if levels and state.origin is None:
             state.origin = moment
             self.discard_pending()
             return
-        sums = {name: total.cpu().double() for name, total in state.open_sums.items()}
-        block = _Block(sums, state.open_weight, moment)
+        if state.open_sums:
+            state.sums_layout = _layout_of(state.open_sums)
+        block = _Block(_flatten(state.open_sums), state.open_weight, moment)
         self.discard_pending()
         self._append(block)
         oldest = self._oldest(state.begin, step)
@@ -178,7 +195,13 @@ class Estimator(ABC):
     def reset(self) -> None:
         """Forget the window, for a jump of the learning rate; ``first`` stays."""
         kept = self._state
-        self._state = _State(first=kept.first, previous=kept.previous, now=kept.now)
+        self._state = _State(
+            sums_layout=kept.sums_layout,
+            levels_layout=kept.levels_layout,
+            first=kept.first,
+            previous=kept.previous,
+            now=kept.now,
+        )
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -189,29 +212,43 @@ class Estimator(ABC):
 
     def averages(self) -> dict[str, Tensor]:
         """Weighted means over the window, and the levels of now."""
-        return self._now(_merge(self._state.blocks))
+        rows, _ = self.replicates()
+        return {name: row[0] for name, row in rows.items()} | self.levels()
 
-    def left_out(self) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The averages without each of at most 16 groups of blocks, and the groups' weights.
+    def levels(self) -> dict[str, Tensor]:
+        """The state functions of now."""
+        return self._levels_at(self._state.now)
+
+    def _levels_at(self, moment: Moment | None) -> dict[str, Tensor]:
+        return _unflatten(moment.levels, self._state.levels_layout) if moment else {}
+
+    def replicates(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Weighted means over the window, and the same without each of at most 16 groups of blocks.
 
         Returns:
-            As many dictionaries as groups, and weights ``[g]``; empty with a single group.
+            Row 0 is the mean over all blocks, row ``j`` that without group ``j``; and the weight of each
+            group. With fewer than four groups there are no further rows.
+
+        Shapes:
+            ``[1 + g, ...]`` for a statistic ``[...]``, and ``[g]``.
         """
         blocks = [block for block in self._state.blocks if block.weight > 0]
-        size = -(-len(blocks) // _JACKKNIFE_GROUPS) if blocks else 1
-        groups = [_merge(blocks[i : i + size]) for i in range(0, len(blocks), size)]
-        weights = torch.tensor([weight for _, weight in groups], dtype=torch.float64)
-        if len(groups) < 2:
-            return [], weights
-        sums, weight = _merge(blocks)
-        rest = [({name: sums[name] - part[name] for name in part}, weight - share) for part, share in groups]
-        return [self._now(each) for each in rest], weights
-
-    def _now(self, merged: tuple[dict[str, Tensor], float]) -> dict[str, Tensor]:
-        sums, weight = merged
-        levels = self._state.now.levels if self._state.now else {}
-        means = {name: total / weight for name, total in sums.items()} if weight > 0 else {}
-        return {**means, **levels}
+        if not blocks:
+            return {}, torch.zeros(0, dtype=torch.float64)
+        size = -(-len(blocks) // _JACKKNIFE_GROUPS)
+        group = torch.arange(len(blocks)) // size
+        count = int(group[-1]) + 1
+        sums = torch.stack([block.sums for block in blocks])
+        weights = torch.tensor([block.weight for block in blocks], dtype=torch.float64)
+        total, weight = sums.sum(0, keepdim=True), weights.sum(0, keepdim=True)
+        parts = torch.zeros(count, dtype=torch.float64).index_add_(0, group, weights)
+        if count < _FEWEST_GROUPS:
+            parts = parts[:0]
+        else:
+            group_sums = sums.new_zeros(count, sums.shape[1]).index_add_(0, group, sums)
+            total = torch.cat([total, total - group_sums])
+            weight = torch.cat([weight, weight - parts])
+        return _unflatten(total / weight[:, None], self._state.sums_layout), parts
 
     def reference(self) -> Reference:
         """What the readings of now may be compared with.
@@ -223,14 +260,15 @@ class Estimator(ABC):
         if state.now is None or state.first is None:
             raise InputError("this estimator has no record yet", fix="Call close(step) first.")
         moments = ([state.origin] if state.origin else []) + [b.moment for b in state.blocks]
-        moments = [moment for moment in moments if moment.levels]
+        moments = [moment for moment in moments if moment.levels.numel()]
+        path = torch.stack([moment.levels for moment in moments]) if moments else torch.zeros(0, 0)
         return Reference(
             step=state.now.step,
-            first=state.first.levels,
+            first=self._levels_at(state.first),
             first_step=state.first.step,
-            previous=state.previous.levels if state.previous else {},
+            previous=self._levels_at(state.previous),
             previous_step=state.previous.step if state.previous else -1,
-            path={n: torch.stack([m.levels[n] for m in moments]) for n in state.now.levels},
+            path=_unflatten(path, state.levels_layout) if moments else {},
             path_steps=torch.tensor([m.step for m in moments], dtype=torch.float64),
             samples=sum(block.weight for block in state.blocks),
         )
@@ -241,13 +279,15 @@ class Estimator(ABC):
         """Plain tensors, numbers, lists and dictionaries."""
         state = self._state
         return {
-            "open_sums": dict(state.open_sums),
+            "open_sums": {name: total.clone() for name, total in state.open_sums.items()},
             "open_weight": state.open_weight,
+            "sums_layout": state.sums_layout,
+            "levels_layout": state.levels_layout,
             "span": state.span,
             "begin": state.begin,
             "blocks": [
                 {
-                    "sums": dict(block.sums),
+                    "sums": block.sums,
                     "weight": block.weight,
                     "closes": block.closes,
                     "moment": _pack(block.moment),
@@ -264,33 +304,51 @@ class Estimator(ABC):
             saved: What ``state_dict`` returned.
         """
         self._state = _State(
-            open_sums=dict(saved["open_sums"]),
+            open_sums={name: total.clone() for name, total in saved["open_sums"].items()},
             open_weight=saved["open_weight"],
+            sums_layout=_read_layout(saved["sums_layout"]),
+            levels_layout=_read_layout(saved["levels_layout"]),
             span=saved["span"],
             begin=saved["begin"],
             blocks=[
-                _Block(dict(b["sums"]), b["weight"], _unpack(b["moment"]) or Moment(0, {}), b["closes"])
-                for b in saved["blocks"]
+                _Block(b["sums"], b["weight"], Moment(**b["moment"]), b["closes"]) for b in saved["blocks"]
             ],
             **{name: _unpack(saved[name]) for name in ("origin", "first", "previous", "now")},
         )
 
 
-def _merge(blocks: list[_Block]) -> tuple[dict[str, Tensor], float]:
-    """Sums and weight of several blocks together."""
-    sums: dict[str, Tensor] = {}
-    for block in blocks:
-        for name, value in block.sums.items():
-            sums[name] = sums[name] + value if name in sums else value
-    return sums, sum(block.weight for block in blocks)
+def _layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    return [(name, list(tensor.shape)) for name, tensor in tensors.items()]
+
+
+def _read_layout(saved: Any) -> Layout:
+    return [(name, list(shape)) for name, shape in saved]
+
+
+def _flatten(tensors: Mapping[str, Tensor]) -> Tensor:
+    """One float64 vector on the host; the only place that waits for the device."""
+    parts = [tensor.detach().cpu().double().reshape(-1) for tensor in tensors.values()]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def _unflatten(flat: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Views of ``[..., S]`` by name, each ``[..., *shape]``."""
+    sizes = [math.prod(shape) for _, shape in layout]
+    if flat.shape[-1] != sum(sizes):  # a moment without levels
+        return {}
+    parts = flat.split(sizes, -1)
+    return {
+        name: part.reshape([*flat.shape[:-1], *shape])
+        for (name, shape), part in zip(layout, parts, strict=True)
+    }
 
 
 def _pack(moment: Moment | None) -> dict[str, Any] | None:
-    return None if moment is None else {"step": moment.step, "levels": dict(moment.levels)}
+    return None if moment is None else {"step": moment.step, "levels": moment.levels}
 
 
 def _unpack(saved: dict[str, Any] | None) -> Moment | None:
-    return None if saved is None else Moment(saved["step"], dict(saved["levels"]))
+    return None if saved is None else Moment(**saved)
 
 
 class Last(Estimator):
@@ -407,7 +465,7 @@ class Ema(Estimator):
         # open_weight = (1 - decay^n) / (1 - decay), so decay^n follows from it without a counter
         factor = float(1.0 - samples * (1.0 - self.decay))
         for block in self._state.blocks:
-            block.sums = {name: total * factor for name, total in block.sums.items()}
+            block.sums = block.sums * factor
             block.weight *= factor
         super().close(step, levels)
 

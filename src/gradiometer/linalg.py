@@ -101,4 +101,6 @@ def random_orthonormal_rows(
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     gaussian = torch.randn(batch, dimension, rows, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(gaussian).Q.mT
+    q, r = torch.linalg.qr(gaussian)
+    signs = r.diagonal(dim1=-2, dim2=-1).sign()  # what makes QR of a Gaussian uniform
+    return (q * signs[:, None]).mT

@@ -9,6 +9,7 @@ read and recorded. No observable is known here by name.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from .autodiff.functional import (
     pure_function,
     take,
 )
-from .collect import COLLECTORS, Collector, Run, group_settings, split_batch
+from .collect import COLLECTORS, Collector, Run, group_settings, no_micro_batch, split_batch
 from .cost import CostLedger
 from .errors import (
     CostWarning,
@@ -53,9 +54,10 @@ from .verdict import table
 STATE_VERSION = 1
 _TRIES = 3
 _UNREAD = 256
+_EARLY = {"probe"} | {name for name, kind in COLLECTORS.items() if kind.moment == "before_step"}
 _COST = {
     "fraction": Quantity("1", "Time spent measuring over the loop's own time, since the beginning."),
-    "seconds": Quantity("s", "Host time spent measuring at this step."),
+    "seconds": Quantity("s", "Host time the observables took at this step."),
 }
 
 
@@ -97,6 +99,27 @@ class _Slot:
         self.failed, self.sample, self.levels, self.note, self.seconds = False, None, {}, "", 0.0
 
 
+class _Section:
+    """A stretch of our own work inside the user's loop: timed, and its errors contained."""
+
+    __slots__ = ("_before", "_began", "_moment", "_monitor")
+
+    def __init__(self, monitor: Monitor, moment: str) -> None:
+        self._monitor, self._moment = monitor, moment
+
+    def __enter__(self) -> None:
+        self._before, self._began = self._monitor._own_seconds, perf_counter()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        monitor = self._monitor
+        monitor._own_seconds = self._before + perf_counter() - self._began  # right where calls nest
+        if not isinstance(error, Exception) or monitor._on_error == "raise":
+            return False
+        text = f"{type(error).__name__}: {error}"
+        monitor._warn(f"measuring failed {self._moment}: {text}. Training goes on.")
+        return True
+
+
 class Monitor:
     """Measures a training run from inside, without changing it.
 
@@ -134,7 +157,9 @@ class Monitor:
         ...         monitor.before_step()
         ...         optimizer.step(); optimizer.zero_grad()
         >>> [step for step, _ in memory.series("dynamics/ntk/drift")]
-        [0, 1, 2]
+        [0]
+        >>> [step for step, _ in memory.series("dynamics/cost/seconds")]
+        [0]
     """
 
     def __init__(
@@ -174,6 +199,7 @@ class Monitor:
         self._errors: dict[str, Exception] = {}
         self._warned: set[str] = set()
         self._begun = self._ready = False
+        self._due: list[_Slot] = []
         self.cost = CostLedger()
         self._own_seconds = 0.0
         self._step_began: float | None = None
@@ -224,6 +250,8 @@ class Monitor:
 
     def end_micro_batch(self) -> None:
         """As leaving :meth:`micro_batch`."""
+        if not self._collectors:
+            return
         with self._timed("ending a micro-batch"):
             for name, collector in self._collectors.items():
                 self._attempt(name, collector.exit)
@@ -236,6 +264,9 @@ class Monitor:
             loss_scale: Factor on the loss in the backward pass; ``grad_scale`` when ``None``. After
                 ``scaler.unscale_(optimizer)`` write ``loss_scale=scaler.get_scale()``.
         """
+        if self._begun and not self._due:
+            self._ready = True
+            return
         with self._timed("before the step"):
             if not self._begun:
                 self._begin_step()
@@ -244,27 +275,30 @@ class Monitor:
             self._run.loss_scale = grad_scale if loss_scale is None else loss_scale
             for name, collector in self._collectors.items():
                 self._attempt(name, collector.before_step)
-            early = {"probe"} | {n for n in COLLECTORS if COLLECTORS[n].moment == "before_step"}
-            due = [slot for slot in self._slots if slot.sampling and slot.needs <= early]
-            self._evaluate(due)
+            self._evaluate([slot for slot in self._due if slot.needs <= _EARLY])
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The optimizer's post-step hook: the update has been made."""
         del optimizer, args, kwargs
-        with self._timed("after the step"):
-            self._run.updates += 1
-            if not self._begun:
-                self._begin_step()
-            if not self._ready and self._collectors:
-                self._warn(
-                    "monitor.before_step() was not called before optimizer.step(): what needs the "
-                    "gradient or the weights before the update is left out at such steps."
-                )
-            due = [slot for slot in self._slots if slot.sampling and slot.sample is None]
-            self._evaluate([slot for slot in due if not slot.failed])
-            self._record()
+        self._run.updates += 1
+        if not (self._begun and not self._due):
+            self._measure_update()
         self._finish_step()
         self.step += 1
+
+    def _measure_update(self) -> None:
+        """Evaluate what needs the update, and record."""
+        with self._timed("after the step"):
+            if not self._begun:
+                self._begin_step()
+            if not self._ready and self._due:
+                self._warn(
+                    "monitor.before_step() was not called before optimizer.step(): what needs the "
+                    "gradient or the weights before the update is left out at such steps, and kernels "
+                    "and Jacobians are those of the weights after it."
+                )
+            self._evaluate([slot for slot in self._due if slot.sample is None and not slot.failed])
+            self._record()
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -276,8 +310,13 @@ class Monitor:
         if self._step_began is None:
             self._step_began = perf_counter()
         for slot in self._slots:
-            slot.begin(self.step)
-        needed = {need for slot in self._slots if slot.sampling for need in slot.needs}
+            try:
+                slot.begin(self.step)
+            except Exception as error:
+                slot.sampling = slot.recording = False
+                self._fail(slot, error)
+        self._due = [slot for slot in self._slots if slot.sampling]
+        needed = {need for slot in self._due for need in slot.needs}
         self._collectors = {n: COLLECTORS[n](self._run) for n in needed if n in COLLECTORS}
 
     def _evaluate(self, due: Sequence[_Slot]) -> None:
@@ -291,13 +330,15 @@ class Monitor:
                 result = self._attempt(name, self._collectors[name].result)
                 if name not in self._errors:
                     fields[name] = result
-        snapshot = self._snapshot().replace(**fields)
+        snapshot = self._snapshot(fields)
         for slot in due:
             began = perf_counter()
             broken = next((self._errors[n] for n in slot.needs if n in self._errors), None)
             try:
                 if broken is not None:
                     raise broken
+                if self._probe is None and "probe" in slot.needs:
+                    raise no_micro_batch()
                 slot.sample = {k: v.detach() for k, v in slot.observable.statistics(snapshot).items()}
                 if slot.recording:
                     slot.levels = slot.observable.levels(snapshot)
@@ -306,30 +347,32 @@ class Monitor:
                 self._fail(slot, error)
             slot.seconds += perf_counter() - began
 
-    def _snapshot(self) -> Snapshot:
-        """The fields that cost nothing."""
-        snapshot = Snapshot(
+    def _snapshot(self, fields: dict[str, Any]) -> Snapshot:
+        """The gathered fields, and those that cost nothing."""
+        if self._run.sizes:
+            fields["batch_size"] = sum(self._run.sizes) * parallel.world_size()
+        if self._probe is not None:
+            fields["probe"] = self._probe
+        if self.dataset_size is not None:
+            fields["dataset_size"] = self.dataset_size
+        return Snapshot(
             step=self.step,
             model=self.model,
             forward=self._forward,
             groups=group_settings(self.optimizer),
             loss_reduction=self._loss_reduction,
+            **fields,
         )
-        if self._run.sizes:
-            size = sum(self._run.sizes) * parallel.world_size()
-            snapshot = snapshot.replace(batch_size=size)
-        if self._probe is not None:
-            snapshot = snapshot.replace(probe=self._probe)
-        if self.dataset_size is not None:
-            snapshot = snapshot.replace(dataset_size=self.dataset_size)
-        return snapshot
 
     def _record(self) -> None:
         """Average what was sampled, read what is due, and hand it to the recorders."""
-        for slot in self._slots:
+        for slot in self._due:
             if slot.sample is not None and not slot.failed:
-                slot.estimator.add(slot.sample)
-        recording = [slot for slot in self._slots if slot.recording]
+                try:
+                    slot.estimator.add(slot.sample)
+                except Exception as error:
+                    self._fail(slot, error)
+        recording = [slot for slot in self._due if slot.recording]
         if not recording:
             return
         self._reduce(recording)
@@ -348,11 +391,10 @@ class Monitor:
         if not readings:
             return
         self._keep_budget()
-        spent = self._own_seconds + sum(slot.seconds for slot in recording)
-        readings += [
-            self._reading("cost", _COST, "fraction", self.cost.fraction(), math.nan, ""),
-            self._reading("cost", _COST, "seconds", spent, math.nan, ""),
-        ]
+        costs = {"seconds": sum(slot.seconds for slot in self._due)}
+        if self.cost.fraction() is not None:
+            costs["fraction"] = self.cost.fraction()
+        readings += [self._reading("cost", _COST, n, value, math.nan, "") for n, value in costs.items()]
         self.latest.update({reading.key: reading for reading in readings})
         self._new = (self._new + readings)[-_UNREAD:]
         for recorder in list(self._recorders):
@@ -368,22 +410,20 @@ class Monitor:
         """Close the block, read the averages, and add errors from leaving blocks out."""
         slot.estimator.close(self.step, slot.levels)
         reference = slot.estimator.reference()
-        values = slot.observable.readings(slot.estimator.averages(), reference)
-        plain = [name for name, value in values.items() if _is_number(value)]
-        errors = dict.fromkeys(plain, math.nan)
-        left_out, weights = slot.estimator.left_out()
-        if plain and len(left_out) >= 4:
-            rows = [slot.observable.readings(each, reference) for each in left_out]
-            stacked = torch.stack([_row(row, plain) for row in rows])
-            stderr = delete_block_jackknife(_row(values, plain), stacked, weights)
-            errors = dict(zip(plain, stderr.tolist(), strict=True))
+        rows, weights = slot.estimator.replicates()
+        values = slot.observable.readings(rows | slot.estimator.levels(), reference)
         groups = group_settings(self.optimizer)
-        table = slot.observable.quantities
+        quantities, arrays = slot.observable.quantities, slot.observable.arrays
+        numbers = {name: _as_rows(value) for name, value in values.items() if name not in arrays}
+        errors = _errors({n: row for n, row in numbers.items() if len(row) > 1}, weights)
         readings = []
         for name, value in values.items():
-            own = value if isinstance(value, Estimate) else Estimate(value, errors.get(name))
+            stderr = errors.get(name, math.nan)
+            if isinstance(value, Estimate):
+                stderr = float(_as_rows(value.stderr)[0])
+            shown = float(numbers[name][0]) if name in numbers else value
             label = _named_group(name, groups)
-            readings.append(self._reading(slot.name, table, label, own.value, own.stderr, slot.note))
+            readings.append(self._reading(slot.name, quantities, label, shown, stderr, slot.note))
         return readings
 
     def _reading(
@@ -392,15 +432,15 @@ class Monitor:
         quantities: Mapping[str, Quantity],
         name: str,
         value: Any,
-        stderr: Any,
+        stderr: float,
         note: str,
     ) -> Reading:
         quantity = quantity_of(name, quantities)
-        number: Any = float(value) if _is_number(value) else value.detach().cpu().numpy()
+        number: Any = value if isinstance(value, float) else value.detach().cpu().numpy()
         return Reading(
             key=make_key(self._prefix, group, name),
             value=number,
-            stderr=math.nan if stderr is None else float(stderr),
+            stderr=stderr,
             unit=quantity.unit,
             sentence=quantity.sentence,
             note=note,
@@ -437,12 +477,11 @@ class Monitor:
         own = self._own_seconds
         for name, collector in self._collectors.items():
             own += collector.seconds_in_hooks
-            users = [slot for slot in self._slots if slot.sampling and name in slot.needs]
+            users = [slot for slot in self._due if name in slot.needs]
             for slot in users:
                 slot.seconds += collector.seconds_in_hooks / len(users)
-        for slot in self._slots:
-            if slot.sampling:
-                self.cost.spent(slot.name, self.step, slot.seconds)
+        for slot in self._due:
+            self.cost.spent(slot.name, self.step, slot.seconds)
         if self._step_began is not None:
             self.cost.step_done(max(now - self._step_began - own, 0.0), own)
         self._close_collectors()
@@ -474,7 +513,7 @@ class Monitor:
             self._errors.setdefault(name, error)
             return None
         finally:
-            users = [slot for slot in self._slots if slot.sampling and name in slot.needs]
+            users = [slot for slot in self._due if name in slot.needs]
             for slot in users:
                 slot.seconds += (perf_counter() - began) / len(users)
 
@@ -486,13 +525,16 @@ class Monitor:
         what = f"{type(slot.observable).__name__} at step {self.step}"
         if isinstance(error, SampleSkippedError):
             slot.owed = slot.owed or slot.recording
-            self._warn(f"{what}: {error} The sample is left out; the next step is tried.", str(error))
+            if self._ready:  # else one warning has said that before_step() is missing
+                self._warn(f"{what}: {error} The sample is left out; the next step is tried.", str(error))
             return
         slot.failures += 1
         slot.owed = False
         slot.retired = isinstance(error, UnsupportedError) or slot.failures >= _TRIES
-        fate = "It is left out from here on." if slot.retired else "It reads nan and is tried again."
-        text = f"{error}" if str(error) else type(error).__name__
+        fate = f"It reads nan, and is left out after {_TRIES} failures in a row."
+        fate = "It is left out from here on." if slot.retired else fate
+        text = str(error) or type(error).__name__
+        text += "" if text.endswith((".", "!", "?")) else "."
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             text += " Pass a smaller probe_size= or max_memory=."
         if not isinstance(error, (InputError, UnsupportedError)):
@@ -500,23 +542,18 @@ class Monitor:
         self._warn(f"{what}: {text} {fate} Training goes on.", f"{slot.name}:{text}")
 
     def _warn(self, message: str, key: str | None = None) -> None:
-        """Say each thing once."""
-        if (key or message) not in self._warned:
-            self._warned.add(key or message)
-            warnings.warn(message, MeasurementWarning, stacklevel=2)
-
-    @contextmanager
-    def _timed(self, moment: str) -> Iterator[None]:
-        """Count the time and let no error of ours reach the loop."""
-        began, before = perf_counter(), self._own_seconds
+        """Say each thing once; where warnings are errors it is logged, since the run must go on."""
+        if (key or message) in self._warned:
+            return
+        self._warned.add(key or message)
         try:
-            yield
-        except Exception as error:
-            if self._on_error == "raise":
-                raise
-            self._warn(f"measuring failed {moment}: {type(error).__name__}: {error}. Training goes on.")
-        finally:
-            self._own_seconds = before + perf_counter() - began  # also right where calls nest
+            warnings.warn(message, MeasurementWarning, stacklevel=2)
+        except MeasurementWarning:
+            logging.getLogger(__name__).warning(message)
+
+    def _timed(self, moment: str) -> _Section:
+        """Count the time and let no error of ours reach the loop."""
+        return _Section(self, moment)
 
     # -- budget ------------------------------------------------------------------------------------
 
@@ -543,7 +580,7 @@ class Monitor:
 
     def _given_probe(self, probe: Any) -> Probe:
         if not isinstance(probe, Probe):
-            pair = isinstance(probe, (tuple, list))
+            pair = isinstance(probe, (tuple, list)) and len(probe) > 0
             probe = Probe(probe[0], probe[1] if len(probe) > 1 else None) if pair else Probe(probe)
         check_inputs(self.model, probe.inputs)
         try:
@@ -587,7 +624,8 @@ class Monitor:
         for recorder in self._recorders:
             finish = getattr(recorder, "close", None)
             if finish is not None:
-                finish()
+                with self._timed(f"closing {type(recorder).__name__}"):
+                    finish()
         self._recorders = []
 
     def __enter__(self) -> Monitor:
@@ -675,7 +713,6 @@ def _check_arguments(
             f"{type(model).__name__} has no trainable parameter",
             fix="Call model.requires_grad_(True) on the part that is trained.",
         )
-    groups = [observable.group for observable in observables]
     for observable in observables:
         if not isinstance(observable, Observable):
             raise InputError(
@@ -683,6 +720,7 @@ def _check_arguments(
                 got=repr(observable),
                 fix="Write observables=[NeuralTangentKernel(), GradientNoiseScale()].",
             )
+    groups = [observable.group for observable in observables]
     twice = {group for group in groups if groups.count(group) > 1}
     if twice:
         raise InputError(
@@ -706,14 +744,19 @@ def _check_arguments(
         raise InputError("budget is a share between 0 and 1", got=budget, fix="Write budget=0.05.")
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, Estimate):
-        return False
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
+def _as_rows(value: Any) -> Tensor:
+    """A number, or a number and its replicates, as ``[R]``."""
+    number = value.value if isinstance(value, Estimate) else value
+    return torch.as_tensor(number, dtype=torch.float64).detach().cpu().reshape(-1)
 
 
-def _row(values: Mapping[str, Any], names: Sequence[str]) -> Tensor:
-    return torch.tensor([float(values[name]) for name in names], dtype=torch.float64)
+def _errors(rows: Mapping[str, Tensor], weights: Tensor) -> dict[str, float]:
+    """Standard errors from the replicates that each leave a block out."""
+    if not rows:
+        return {}
+    stacked = torch.stack(list(rows.values()), 1)
+    stderr = delete_block_jackknife(stacked[0], stacked[1:], weights)
+    return dict(zip(rows, stderr.tolist(), strict=True))
 
 
 def _named_group(name: str, groups: Sequence[GroupSettings]) -> str:

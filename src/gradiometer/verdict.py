@@ -49,15 +49,15 @@ def sentence(reading: Reading, others: Mapping[str, Reading]) -> str:
 
 
 def _ratio(reading: Reading, others: Mapping[str, Reading]) -> str:
-    value, error = _value(reading), reading.stderr
-    if not error < STATIONARY:
-        return "not resolved: the window is still too short to tell stationary from transient."
-    if abs(value - 1) < STATIONARY:
+    away, error = abs(_value(reading) - 1), reading.stderr
+    if away - 2 * error > STATIONARY:
+        return "transient: the weights are still on their way. Keep the learning rate."
+    if away < STATIONARY and error < STATIONARY:
         return (
             "stationary: the norm of the weights has stopped drifting. More steps at this learning "
             "rate only average noise; lower it or stop."
         )
-    return "transient: the weights are still on their way. Keep the learning rate."
+    return "not resolved: the window is still too short to tell stationary from transient."
 
 
 def _drift(reading: Reading, others: Mapping[str, Reading]) -> str:

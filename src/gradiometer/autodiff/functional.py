@@ -201,7 +201,8 @@ def examples(x: Any) -> int:
         >>> examples({"a": torch.zeros(4, 2)})
         4
     """
-    leaves = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+    nest = [x] if isinstance(x, Tensor) else pytree.tree_leaves(x)
+    leaves = [leaf for leaf in nest if isinstance(leaf, Tensor)]
     if not leaves or leaves[0].ndim == 0:
         raise InputError(
             "a batch must hold a tensor whose first dimension counts the examples",

@@ -108,8 +108,12 @@ class RideAlong:
             self._safely(see, module, args, kwargs, out)
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            if torch.compiler.is_compiling() or self._backward_began:
+            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
                 return  # a checkpointed segment is run again in the backward pass: not a new call
+            if self._backward_began:
+                if isinstance(out, Tensor) and out.requires_grad:
+                    out.register_hook(lambda g: self._safely(self._again, path))
+                return
             if not torch.is_grad_enabled():
                 self._fatal = (
                     f"module {path!r} ran without gradients: reentrant checkpointing hides its graph "
@@ -147,10 +151,14 @@ class RideAlong:
         returned = self._returned.setdefault(module, [])
         returned.append(factors)
         if len(returned) > self._calls[module]:
-            self._fatal = f"the backward pass went through module {path!r} more than once"
+            self._again(path)
         elif len(returned) == self._calls[module]:
             self._contract(module, returned)
             returned[:] = [{}] * len(returned)
+
+    def _again(self, path: str) -> None:
+        """A second backward pass adds to gradients whose norms are already taken."""
+        self._fatal = f"the backward pass went through module {path!r} more than once"
 
     def _contract(self, module: nn.Module, returned: list[dict[str, Factor]]) -> None:
         for name, factor in returned[0].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -32,7 +33,7 @@ def demo_observables(model: str) -> list[Observable]:
     return [
         NeuralTangentKernel(schedule=log_spaced(until=100) | kernel),
         JacobianNorm(schedule=50 if model == "convnet" else 100),
-        GradientNoiseScale(schedule=10, estimator=Window(500)),
+        GradientNoiseScale(schedule=10, estimator=Window(1000)),
         FluctuationDissipation(schedule=25, sampling=5),
     ]
 
@@ -56,6 +57,7 @@ def run_demo(
     """
     if model not in STEPS:
         raise InputError("unknown demo model", got=repr(model), fix=f"Write one of {sorted(STEPS)}.")
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # inside Lightning
     L.seed_everything(0, verbose=False)
     network: L.LightningModule
     if model == "convnet":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
 
@@ -75,11 +75,11 @@ class Observable(ABC):
 
     def due(self, step: int) -> bool:
         """Whether a reading is recorded at this step."""
-        return as_schedule(self.schedule)(step)
+        return cast("Schedule", self.schedule)(step)
 
     def samples(self, step: int) -> bool:
         """Whether statistics are sampled at this step."""
-        return self.due(step) or (self.sampling is not None and as_schedule(self.sampling)(step))
+        return self.due(step) or (self.sampling is not None and cast("Schedule", self.sampling)(step))
 
     def required(self, recording: bool) -> frozenset[str]:
         """Snapshot fields needed at a sampling step, or at a recording step."""
@@ -103,6 +103,10 @@ class Observable(ABC):
     @abstractmethod
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
         """Numbers, arrays or :class:`Estimate` by reading name.
+
+        Averages come with a leading axis of replicates, for the errors: row 0 is the average over the
+        window, each further row leaves a block of steps out. Formulas that work element by element need
+        not know of it; index other axes as ``now[name][..., i]``. Levels have no such axis.
 
         The reading of one parameter group is named ``name/<index>``; the engine puts the group's own
         name in the place of the index.

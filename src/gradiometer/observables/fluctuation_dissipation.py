@@ -40,7 +40,7 @@ def fluctuation_dissipation(
     *,
     momentum: Tensor | float = 0.0,
     dampening: Tensor | float = 0.0,
-    nesterov: bool = False,
+    nesterov: Tensor | bool = False,
     displacement_dot_velocity: Tensor | float = 0.0,
     weight_dot_velocity: tuple[Tensor | float, Tensor | float] = (0.0, 0.0),
 ) -> Relation:
@@ -93,13 +93,12 @@ def fluctuation_dissipation(
     """
     if bool(torch.as_tensor(steps).lt(1).any()):
         raise InputError("a window needs at least one step", got=steps, fix="Record twice or more.")
-    if nesterov and bool(torch.as_tensor(dampening).ne(0).any()):
+    nesterov = torch.as_tensor(nesterov)
+    if bool((nesterov & torch.as_tensor(dampening).ne(0)).any()):
         raise InputError("Nesterov momentum has no dampening", got=dampening, fix="Write dampening=0.")
-    if nesterov:
-        right = (1 - momentum) / (2 * lr) * displacement_sq
-        right = right + momentum**2 * displacement_dot_velocity
-    else:
-        right = (1 + momentum) / (2 * (1 - dampening)) * displacement_sq / lr
+    heavy_ball = (1 + momentum) / (2 * (1 - dampening)) * displacement_sq / lr
+    looking_ahead = (1 - momentum) / (2 * lr) * displacement_sq + momentum**2 * displacement_dot_velocity
+    right = torch.where(nesterov, looking_ahead, heavy_ball)
     start, end = (
         _level(sq, dot, lr, momentum, dampening, nesterov)
         for sq, dot in zip(weight_sq, weight_dot_velocity, strict=True)
@@ -113,14 +112,11 @@ def _level(
     lr: Tensor | float,
     momentum: Tensor | float,
     dampening: Tensor | float,
-    nesterov: bool,
+    nesterov: Tensor,
 ) -> Tensor:
     """The state function E whose drift separates the two sides."""
-    if nesterov:
-        return (1 - momentum) / (2 * lr) * weight_sq - momentum**2 * weight_dot_velocity
-    return (1 - momentum) / (2 * lr * (1 - dampening)) * weight_sq - momentum / (
-        1 - dampening
-    ) * weight_dot_velocity
+    coupling = torch.where(nesterov, momentum**2, momentum / (1 - dampening))
+    return (1 - momentum) / (2 * lr * (1 - dampening)) * weight_sq - coupling * weight_dot_velocity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,78 +220,70 @@ class FluctuationDissipation(Observable):
         return "master form: a statement about the norm of the weights"
 
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
-        """Both sides and their ratio; ``nan`` until the window has two ends."""
-        groups = len(now["weight_sq"])
-        window = [_group_window(now, reference, g) for g in range(groups)]
-        total = {"weight_norm_sq": now["weight_sq"].sum(), **_sides(window)}
+        """Both sides and their ratio, in total and per group, once the window has two ends."""
+        groups = now["weight_sq"].shape[-1]
+        window = _window(now, reference)
+        total = {"weight_norm_sq": now["weight_sq"].sum(-1), **_sides(window, slice(None))}
         if groups > 1:
-            for g, each in enumerate(window):
-                total.update({f"{name}/{g}": value for name, value in _sides([each]).items()})
-                total[f"weight_norm_sq/{g}"] = now["weight_sq"][g]
+            for g in range(groups):
+                own = _sides(window, slice(g, g + 1))
+                total.update({f"{name}/{g}": value for name, value in own.items()})
+                total[f"weight_norm_sq/{g}"] = now["weight_sq"][..., g]
         return total
 
 
 class _Window(NamedTuple):
-    """One group's relation, the path of its level E, and the residual of the identity."""
+    """The relation of every group, the path of its level E, and the violation of the identity."""
 
     relation: Relation
     path: Tensor
     steps: Tensor
-    residual: Tensor | None
+    violation: Tensor | None
 
 
-def _group_window(now: Mapping[str, Tensor], reference: Reference, g: int) -> _Window | None:
-    """The relation of one parameter group over the estimator's window."""
+def _window(now: Mapping[str, Tensor], reference: Reference) -> _Window | None:
+    """The relation over the estimator's window, each parameter group in its own form."""
     path = reference.path
     if len(reference.path_steps) < 2 or "displacement_sq" not in now:
         return None
-    updates = path["updates"]
-    settings = path["settings"][:, g]
-    lr, momentum, dampening, nesterov, is_sgd = settings[-1].unbind()
-    mean_lr, spread = now["lr"][g], now["lr_sq"][g] - now["lr"][g].square()
-    constant = spread <= _LR_TOLERANCE * mean_lr.square() and bool((settings == settings[-1]).all())
-    own_form = bool(is_sgd) and bool(constant)
-    if not own_form:
-        lr, momentum, dampening, nesterov = mean_lr, lr * 0, lr * 0, lr * 0
-    dot = path["weight_dot_velocity"][:, g]
-    weight_sq = path["weight_sq"][:, g]
+    steps, settings = path["updates"], path["settings"]
+    lr, momentum, dampening, nesterov, is_sgd = settings[-1].unbind(-1)
+    mean_lr, mean_lr_sq = (now[name].reshape(-1, len(lr))[0] for name in ("lr", "lr_sq"))
+    constant = mean_lr_sq - mean_lr.square() <= _LR_TOLERANCE * mean_lr.square()
+    own = constant & (settings == settings[-1]).all(0).all(-1) & is_sgd.bool()
+    lr = torch.where(own, lr, mean_lr)
+    momentum, dampening, nesterov = momentum * own, dampening * own, nesterov.bool() & own
+    dot, weight_sq = path["weight_dot_velocity"], path["weight_sq"]
     relation = fluctuation_dissipation(
-        now["displacement_sq"][g],
+        now["displacement_sq"],
         (weight_sq[0], weight_sq[-1]),
-        updates[-1] - updates[0],
+        steps[-1] - steps[0],
         lr,
         momentum=momentum,
         dampening=dampening,
-        nesterov=bool(nesterov),
-        displacement_dot_velocity=now["displacement_dot_velocity"][g],
+        nesterov=nesterov,
+        displacement_dot_velocity=now["displacement_dot_velocity"],
         weight_dot_velocity=(dot[0], dot[-1]),
     )
-    residual = None
+    violation = None
     if "weight_dot_gradient" in now:
-        work = now["weight_dot_gradient"][g] if own_form else now["weight_dot_displacement"][g] / lr
-        residual = work - relation.left
-    level = _level(weight_sq, dot, lr, momentum, dampening, bool(nesterov))
-    return _Window(relation, level, updates, residual)
+        work = torch.where(own, now["weight_dot_gradient"], now["weight_dot_displacement"] / lr)
+        violation = work - relation.left
+    return _Window(relation, _level(weight_sq, dot, lr, momentum, dampening, nesterov), steps, violation)
 
 
-def _sides(groups: list[_Window | None]) -> dict[str, Tensor | Estimate]:
-    """Readings of one group, or of several together: both sides are sums over parameters."""
-    nan = torch.tensor(torch.nan, dtype=torch.float64)
-    window = [each for each in groups if each is not None]
-    if len(window) < len(groups):
-        return {"left": nan, "right": nan, "ratio": nan}
-    left = torch.stack([each.relation.left for each in window]).sum()
-    right = torch.stack([each.relation.right for each in window]).sum()
-    steps = window[0].steps
-    level = torch.stack([each.path for each in window]).sum(0)
-    length = steps[-1] - steps[0]
-    drift_error = (2 * detrended_variance(steps, level[:, None])[0]).sqrt() / length
+def _sides(window: _Window | None, groups: slice) -> dict[str, Tensor | Estimate]:
+    """Readings of some groups together: both sides are sums over parameters."""
+    if window is None:
+        return {}
+    left, right = (side[..., groups].sum(-1) for side in window.relation)
+    variance = detrended_variance(window.steps, window.path[:, groups].sum(-1, keepdim=True))
+    drift_error = (2 * variance).sqrt() / (window.steps[-1] - window.steps[0])
     sides: dict[str, Tensor | Estimate] = {
         "left": left,
         "right": right,
         "ratio": Estimate(left / right, drift_error / right),
     }
-    residuals = [each.residual for each in window if each.residual is not None]
-    if residuals:
-        sides["residual"] = torch.stack(residuals).sum() / right
+    if window.violation is not None:
+        sides["residual"] = window.violation[..., groups].sum(-1) / right
     return sides

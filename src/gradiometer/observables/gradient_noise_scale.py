@@ -21,7 +21,7 @@ from ..estimators import Estimator, Reference, Window
 from ..records import Quantity
 from ..schedules import Schedule, every
 from ..snapshot import Snapshot
-from .base import Numbers, Observable
+from .base import Estimate, Numbers, Observable
 
 
 def gradient_noise_scale(
@@ -306,17 +306,16 @@ class GradientNoiseScale(Observable):
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
         """Ratios of the averages; ``nan`` where the squared gradient is not above zero."""
         del reference
-        nan = torch.tensor(torch.nan, dtype=torch.float64)
         trace, signal, batch = now["trace"], now["grad_sq_norm"], now["batch_size"]
-        scale = trace / signal if signal > 0 and trace > 0 else nan
-        readings = {
+        scale = torch.where((signal > 0) & (trace > 0), trace / signal, torch.nan)
+        readings: dict[str, Tensor | Estimate] = {
             "scale": scale,
             "trace": trace,
             "grad_sq_norm": signal,
             "critical_batch_fraction": batch / (batch + scale),
         }
         if "sgd_scale" in now:
-            readings["sgd_scale"] = now["sgd_scale"]
+            readings["sgd_scale"] = Estimate(now["sgd_scale"], 0.0)
         if "lr_over_damping" in now:
             per_parameter = trace / now["parameters"]
             readings["temperature"] = now["lr_over_damping"] * per_parameter / (2 * batch)

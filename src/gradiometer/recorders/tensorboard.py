@@ -70,7 +70,7 @@ def write_arrays(writer: Any, step: int, readings: Sequence[Reading]) -> None:
 
 
 def custom_scalars_layout(prefix: str = "dynamics") -> dict[str, dict[str, list[Any]]]:
-    """A custom-scalars layout: one chart per question, and no two noise scales on one axis.
+    """A custom-scalars layout: the losses, then one chart per question; no two noise scales on one axis.
 
     Args:
         prefix: Prefix of the keys.
@@ -83,7 +83,8 @@ def custom_scalars_layout(prefix: str = "dynamics") -> dict[str, dict[str, list[
         ['Multiline', ['^dynamics/fdr/ratio$']]
     """
     charts = {
-        "learning features? (kernel)": ["ntk/drift", "ntk/distance", "ntk/alignment"],
+        "learning features? (kernel drift)": ["ntk/drift"],
+        "kernel direction": ["ntk/distance", "ntk/alignment"],
         "kernel velocity": ["ntk/velocity"],
         "kernel spectrum": ["ntk/top_eigenvalue", "ntk/smallest_eigenvalue", "ntk/trace"],
         "input sensitivity (Jacobian)": [
@@ -99,8 +100,10 @@ def custom_scalars_layout(prefix: str = "dynamics") -> dict[str, dict[str, list[
         "stationary? (fdr ratio)": ["fdr/ratio"],
         "cost": ["cost/fraction"],
     }
+    losses = {"losses": ["Multiline", [".*loss$"]]}
     return {
-        prefix: {
+        prefix: losses
+        | {
             title: ["Multiline", [f"^{re.escape(f'{prefix}/{key}')}$" for key in keys]]
             for title, keys in charts.items()
         }

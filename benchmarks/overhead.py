@@ -1,0 +1,210 @@
+"""What measuring costs, in units of one training step of the user's own loop.
+
+    python benchmarks/overhead.py [--quick]
+
+For three models: each observable's median cost at a sampling and at a recording step, its share at the
+default cadence, the default set's share (sum of median cost x cadence), and beside it whole loops with
+and without the default set, raw and under Lightning. Steps with and without measuring alternate, so a
+machine that changes its speed changes both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from statistics import median
+from typing import Any
+
+import lightning as L
+import torch
+from common import Case, batches, cases, save, timed
+from torch.utils.data import DataLoader, TensorDataset
+
+from gradiometer import (
+    FluctuationDissipation,
+    GradientNoiseScale,
+    JacobianNorm,
+    Monitor,
+    NeuralTangentKernel,
+    Observable,
+    at,
+    every,
+)
+from gradiometer.callbacks import DynamicsMonitor
+
+NEVER = at([10**9])
+
+
+class Loop:
+    """A user's training loop, one step at a time."""
+
+    def __init__(
+        self, case: Case, observables: list[Observable] | None = None, *, plain: bool = False
+    ) -> None:
+        torch.manual_seed(0)
+        self.case = case
+        self.model = case.make_model().train()
+        self.optimizer = case.make_optimizer(self.model)
+        self.data = batches(case)
+        self.monitor = None
+        if not plain:
+            self.monitor = Monitor(
+                self.model, self.optimizer, observables, dataset_size=case.dataset_size, on_error="raise"
+            )
+
+    def step(self) -> None:
+        x, y = next(self.data)
+        if self.monitor is None:
+            self.case.loss(self.model(x), y).backward()
+        else:
+            with self.monitor.micro_batch(x, y):
+                self.case.loss(self.model(x), y).backward()
+            self.monitor.before_step()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def cost_in_steps(case: Case, observable: Observable, repeats: int) -> float:
+    """Median extra time of a step on which the observable is due, over the median plain step."""
+    plain, measured = Loop(case, plain=True), Loop(case, [observable])
+    for loop in (plain, measured, plain, measured):
+        loop.step()
+    pairs = [(timed(plain.step), timed(measured.step)) for _ in range(repeats)]
+    base = median(p for p, _ in pairs)
+    return median(m - p for p, m in pairs) / base
+
+
+def events(observable: Observable) -> dict[str, tuple[Observable, float]]:
+    """An observable's kinds of event: the observable due on every step, and how often that is, per step."""
+    kind = type(observable)
+    record = observable.schedule.steps
+    every_step: dict[str, Any] = {"schedule": every(1)}
+    found = {"record": (kind(**every_step), 1 / record)}
+    if observable.sampling is not None:
+        rate = 1 / observable.sampling.steps - 1 / record
+        found["sample"] = (kind(schedule=at([0]), sampling=every(1)), rate)
+    return found
+
+
+def whole_loop(case: Case, steps: int, rounds: int) -> float:
+    """Extra time of whole runs with the default set, relative to runs without it."""
+
+    def run(plain: bool) -> float:
+        loop = Loop(case, plain=plain)
+
+        def all_steps() -> None:
+            for _ in range(steps):
+                loop.step()
+
+        return timed(all_steps)
+
+    pairs = [(run(True), run(False)) for _ in range(rounds)]
+    return median(measured / plain - 1 for plain, measured in pairs)
+
+
+class _Module(L.LightningModule):
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case, self.network = case, case.make_model()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = self.case.loss(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.case.make_optimizer(self)
+
+
+def whole_lightning(case: Case, steps: int, rounds: int) -> float:
+    """The same under a Lightning Trainer with its progress bar and logging off."""
+    x, y = case.make_batch(torch.Generator().manual_seed(0))
+    data = TensorDataset(x.repeat_interleave(4, 0), y.repeat_interleave(4, 0))
+
+    def run(callbacks: list[L.Callback]) -> float:
+        torch.manual_seed(0)
+        trainer = L.Trainer(
+            max_steps=steps,
+            max_epochs=-1,
+            accelerator="cpu",
+            logger=False,
+            callbacks=callbacks,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+        module = _Module(case)
+        return timed(lambda: trainer.fit(module, DataLoader(data, batch_size=len(x))))
+
+    pairs = [(run([]), run([DynamicsMonitor(print_table=False)])) for _ in range(rounds)]
+    return median(measured / plain - 1 for plain, measured in pairs)
+
+
+def measure(case: Case, quick: bool) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    total = 0.0
+    defaults = [NeuralTangentKernel(), JacobianNorm(), GradientNoiseScale(), FluctuationDissipation()]
+    for observable in defaults:
+        few = 3 if isinstance(observable, NeuralTangentKernel) else 10
+        share = 0.0
+        row: dict[str, Any] = {}
+        for kind, (due, rate) in events(observable).items():
+            row[kind] = cost_in_steps(case, due, few if quick else 5 * few)
+            share += row[kind] * rate
+        rows[observable.group] = {**row, "share": share}
+        total += share
+    idle = cost_in_steps(case, FluctuationDissipation(schedule=NEVER, sampling=NEVER), 20 if quick else 200)
+    steps = 200 if quick else 2000
+    return {
+        "observables": rows,
+        "idle": idle,
+        "default_share": total + idle,
+        "whole_loop_steps": steps,
+        "whole_loop": whole_loop(case, steps, 1 if quick else 3),
+        "whole_lightning": whole_lightning(case, steps, 1 if quick else 3),
+    }
+
+
+def show(optimizer: str, results: dict[str, Any]) -> None:
+    print(f"\n{optimizer}: cost in units of one training step (share of the loop at the default cadence)")
+    groups = ["ntk", "jacobian", "noise", "fdr"]
+    print(
+        f"{'model':12}" + "".join(f"{group:>20}" for group in groups) + f"{'idle':>9}{'default set':>13}"
+        f"{'whole loop':>12}{'Lightning':>11}"
+    )
+    for name, result in results.items():
+        cells = "".join(
+            f"{result['observables'][g]['record']:>11.2f} ({100 * result['observables'][g]['share']:5.2f}%)"
+            for g in groups
+        )
+        print(
+            f"{name:12}{cells}{100 * result['idle']:>8.2f}%{100 * result['default_share']:>12.2f}%"
+            f"{100 * result['whole_loop']:>11.2f}%{100 * result['whole_lightning']:>10.2f}%"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few repeats, for the tests; nothing is saved")
+    parser.add_argument("--models", nargs="*", default=None)
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    results: dict[str, Any] = {}
+    for optimizer in ("sgd", "adamw"):
+        results[optimizer] = {
+            case.name: measure(case, options.quick)
+            for case in cases(optimizer)
+            if options.models is None or case.name in options.models
+        }
+        show(optimizer, results[optimizer])
+    if not options.quick:
+        print(f"\nsaved: {save('overhead', results)}")
+
+
+if __name__ == "__main__":
+    main()
