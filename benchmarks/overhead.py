@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -169,22 +170,32 @@ def measure(case: Case, quick: bool) -> dict[str, Any]:
     }
 
 
-def show(optimizer: str, results: dict[str, Any]) -> None:
-    print(f"\n{optimizer}: cost in units of one training step (share of the loop at the default cadence)")
-    groups = ["ntk", "jacobian", "noise", "fdr"]
-    print(
-        f"{'model':12}" + "".join(f"{group:>20}" for group in groups) + f"{'idle':>9}{'default set':>13}"
-        f"{'whole loop':>12}{'Lightning':>11}"
-    )
-    for name, result in results.items():
-        cells = "".join(
-            f"{result['observables'][g]['record']:>11.2f} ({100 * result['observables'][g]['share']:5.2f}%)"
-            for g in groups
-        )
-        print(
-            f"{name:12}{cells}{100 * result['idle']:>8.2f}%{100 * result['default_share']:>12.2f}%"
-            f"{100 * result['whole_loop']:>11.2f}%{100 * result['whole_lightning']:>10.2f}%"
-        )
+GROUPS = ("ntk", "jacobian", "noise", "fdr")
+README = Path(__file__).parents[1] / "README.md"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of the README: one row per model and optimizer."""
+    head = ["model", "optimizer", *GROUPS, "nothing due", "default set", "whole loop", "under Lightning"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for optimizer, models in results.items():
+        for name, result in models.items():
+            cells = [
+                f"{result['observables'][g]['record']:.2f} ({100 * result['observables'][g]['share']:.2f} %)"
+                for g in GROUPS
+            ]
+            shares = ("idle", "default_share", "whole_loop", "whole_lightning")
+            cells += [f"{100 * result[share]:.1f} %" for share in shares]
+            lines.append("| " + " | ".join([name, optimizer, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def into_readme(table: str) -> None:
+    """Put the table between its marks."""
+    text = README.read_text()
+    begin, end = "<!-- overhead -->\n", "<!-- /overhead -->"
+    before, _, rest = text.partition(begin)
+    README.write_text(before + begin + table + "\n" + end + rest.partition(end)[2])
 
 
 def main() -> None:
@@ -201,9 +212,11 @@ def main() -> None:
             for case in cases(optimizer)
             if options.models is None or case.name in options.models
         }
-        show(optimizer, results[optimizer])
-    if not options.quick:
-        print(f"\nsaved: {save('overhead', results)}")
+    print("Cost of one record in training steps (share of the loop at the default cadence)\n")
+    print(markdown(results))
+    if not options.quick and options.models is None:
+        print(f"\nsaved: {save('overhead', {'results': results})}")
+        into_readme(markdown(results))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from gradiometer.schedules import Schedule, every
 
 STEPS = 6
 FIX = "Turn the crank the other way."
+STUCK = InputError("the crank is stuck", fix=FIX)
 
 
 def network():
@@ -60,7 +61,7 @@ class Broken(Observable):
     quantities = {"value": Quantity("1", "A number."), "other": Quantity("1", "Another one.")}
 
     where: str = "statistics"
-    error: Exception = InputError("the crank is stuck", fix=FIX)
+    error: Exception = STUCK
     steps: tuple[int, ...] = tuple(range(100))
 
     def _perhaps(self, where, step):
@@ -249,8 +250,8 @@ def test_a_schedule_that_raises_is_contained(healthy):
 @pytest.mark.parametrize("stage", ["__init__", "enter", "exit", "before_step", "result", "close"])
 def test_a_collector_that_raises_takes_only_its_own_observables_along(stage, healthy, monkeypatch):
     def stuck(self, *args):
-        if stage == "close":
-            ChunkCollector.close(self)
+        if stage in ("exit", "close"):
+            getattr(ChunkCollector, stage)(self)
         raise RuntimeError("the collector is stuck")
 
     monkeypatch.setitem(

@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -600,7 +601,7 @@ def test_above_the_budget_the_cadence_doubles_and_the_state_remembers():
     with pytest.warns(CostWarning, match=r"above budget=0.01: slow is measured half as often") as caught:
         steps, state = budget_loop(0.01)
     assert len(caught) == 1
-    gaps = [b - a for a, b in zip(steps, steps[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(steps)]
     assert gaps == sorted(gaps)
     stretch = state["observables"]["slow"]["stretch"]
     assert stretch >= 8
@@ -608,7 +609,7 @@ def test_above_the_budget_the_cadence_doubles_and_the_state_remembers():
     assert len(steps) < 12
     assert state["observables"]["jacobian"]["stretch"] == 1
     later, after = budget_loop(None, steps=3 * stretch, state=state)
-    assert {b - a for a, b in zip(later, later[1:], strict=False)} == {stretch}
+    assert {b - a for a, b in pairwise(later)} == {stretch}
     assert after["observables"]["slow"]["stretch"] == stretch
 
 

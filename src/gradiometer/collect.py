@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from ._types import Forward
 from .autodiff.functional import matrix_forward
 from .autodiff.tape import RideAlong, refusal
@@ -144,6 +145,12 @@ class ChunkCollector(Collector):
             for name, p in self.run.model.named_parameters()
             if p.requires_grad and p.grad is not None
         }
+        if parallel.world_size() > 1:
+            raise UnsupportedError(
+                "the noise scale is not available under data-parallel training",
+                got=f"{parallel.world_size()} processes",
+                fix="Leave GradientNoiseScale out of observables=, or measure it on one process.",
+            )
         if not self.run.sizes:
             raise no_micro_batch()
         if not gradients:
@@ -193,10 +200,10 @@ class ChunkCollector(Collector):
 
     def close(self) -> None:
         """Remove every hook."""
-        self.exit()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.exit()
 
     def result(self) -> Chunks:
         """The norms of this step's parts."""

@@ -425,7 +425,7 @@ class HalfRun(Estimator):
         6.5
     """
 
-    max_blocks = 256
+    max_blocks = 128
 
     def _oldest(self, begin: int, step: int) -> float:
         return begin + (step - begin) // 2

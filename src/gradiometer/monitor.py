@@ -317,7 +317,10 @@ class Monitor:
                 self._fail(slot, error)
         self._due = [slot for slot in self._slots if slot.sampling]
         needed = {need for slot in self._due for need in slot.needs}
-        self._collectors = {n: COLLECTORS[n](self._run) for n in needed if n in COLLECTORS}
+        for name in COLLECTORS.keys() & needed:
+            collector = self._attempt(name, COLLECTORS[name], self._run)
+            if collector is not None:
+                self._collectors[name] = collector
 
     def _evaluate(self, due: Sequence[_Slot]) -> None:
         """Run the observables whose fields are complete at this moment."""
@@ -391,9 +394,10 @@ class Monitor:
         if not readings:
             return
         self._keep_budget()
-        costs = {"seconds": sum(slot.seconds for slot in self._due)}
-        if self.cost.fraction() is not None:
-            costs["fraction"] = self.cost.fraction()
+        costs = {"seconds": float(sum(slot.seconds for slot in self._due))}
+        fraction = self.cost.fraction()
+        if fraction is not None:
+            costs["fraction"] = fraction
         readings += [self._reading("cost", _COST, n, value, math.nan, "") for n, value in costs.items()]
         self.latest.update({reading.key: reading for reading in readings})
         self._new = (self._new + readings)[-_UNREAD:]

@@ -115,8 +115,9 @@ def _level(
     nesterov: Tensor,
 ) -> Tensor:
     """The state function E whose drift separates the two sides."""
-    coupling = torch.where(nesterov, momentum**2, momentum / (1 - dampening))
-    return (1 - momentum) / (2 * lr * (1 - dampening)) * weight_sq - coupling * weight_dot_velocity
+    dot = torch.as_tensor(weight_dot_velocity, dtype=weight_sq.dtype)  # where() rounds floats to float32
+    coupled = torch.where(nesterov, momentum**2 * dot, momentum / (1 - dampening) * dot)
+    return (1 - momentum) / (2 * lr * (1 - dampening)) * weight_sq - coupled
 
 
 @dataclass(frozen=True, kw_only=True)

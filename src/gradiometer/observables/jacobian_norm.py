@@ -262,7 +262,7 @@ class JacobianNorm(Observable):
             line = _linearise(model, x, forward)
             if line.width <= _EXACT_OUTPUTS:
                 jacobian = line.full().detach().double()
-                spectral = torch.linalg.matrix_norm(jacobian, 2)
+                spectral = torch.linalg.eigvalsh(jacobian @ jacobian.mT)[:, -1].clamp(min=0).sqrt()
             else:
                 jacobian, spectral = None, spectral_norms(line, generator).double()
             if jacobian is not None and self.num_projections is None:

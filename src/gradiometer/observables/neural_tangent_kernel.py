@@ -468,11 +468,11 @@ class NeuralTangentKernel(Observable):
                 max_memory=self.max_memory,
             )
         except RuntimeError as error:
-            if "vmap" not in str(error):
+            if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
                 raise
             raise UnsupportedError(
                 "the tangent kernel needs torch.func to map this model over examples, and it cannot",
-                got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+                got=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
                 fix="Leave NeuralTangentKernel out of observables=, or pass forward= for a part that "
                 "can be mapped.",
             ) from error
