@@ -31,6 +31,16 @@ def test_squared_norms_keep_the_digits_across_tensors():
     assert total.item() == 1e8 + 1
 
 
+def test_squared_norms_of_mixed_precision():
+    tensors = [
+        torch.full((3,), 300.0, dtype=dtype) for dtype in (torch.float16, torch.float32, torch.float64)
+    ]
+    expected = torch.full((3,), 27e4, dtype=torch.float64)
+    torch.testing.assert_close(squared_norms(tensors), expected, rtol=1e-6, atol=0)
+    tensors = [torch.full((3,), 0.1, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    torch.testing.assert_close(squared_norms(tensors)[1].item(), 0.03, rtol=1e-14, atol=0)
+
+
 def test_inner_products_promote_half_and_mixed_precision():
     half = torch.full((100,), 300.0, dtype=torch.float16)
     double = torch.full((100,), 2.0, dtype=torch.float64)

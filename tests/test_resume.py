@@ -180,16 +180,14 @@ def test_plain_loop_resumes_at_any_step_to_the_last_bit(name, parts):
 
 
 def test_drift_is_measured_from_the_first_kernel_of_the_run():
-    def first_kernel(saved):
-        state = torch.load(io.BytesIO(saved), weights_only=True)["monitor"]["observables"]["ntk"]
-        return state["estimator"]["first"]["levels"]["kernel"]
+    def value(records, at, name):
+        readings = next(readings for step, readings in records if step == at)
+        (found,) = [r.value for r in readings if r.key == f"dynamics/ntk/{name}"]
+        return found
 
     whole, checkpoints = plain("sgd", 1)
-    after, finished = plain("sgd", 1, saved=checkpoints[7])
-    assert torch.equal(first_kernel(finished[-1]), first_kernel(checkpoints[0]))
-    (drift,) = [r.value for step, rs in after for r in rs if step == 9 and r.key == "dynamics/ntk/drift"]
-    (kernel,) = [r.value for step, rs in after for r in rs if step == 9 and r.key == "dynamics/ntk/kernel"]
-    first = first_kernel(checkpoints[0]).numpy()
+    after, _ = plain("sgd", 1, saved=checkpoints[7])
+    drift, kernel, first = value(after, 9, "drift"), value(after, 9, "kernel"), value(whole, 0, "kernel")
     assert drift == pytest.approx(np.linalg.norm(kernel - first) / np.linalg.norm(first), rel=1e-12)
     assert drift > 0
 
@@ -287,7 +285,7 @@ class Kept(Logger):
 
     def readings(self):
         return [
-            (step, key, value)
+            (step, key, float(value).hex())
             for step, metrics in self.lines
             for key, value in metrics.items()
             if key.startswith("dynamics/") and not key.startswith("dynamics/cost")
@@ -319,12 +317,12 @@ class Save(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def fit(loader, *callbacks, steps=13, resume=None):
+def fit(loader, *callbacks, resume=None, **length):
     """Train; what was logged, and the state that training began with."""
     monitor, logger = DynamicsMonitor(observables(), probe_size=6, print_table=False), Kept()
     peek = Peek(monitor)
     trainer = pl.Trainer(
-        max_steps=steps,
+        **(length or {"max_steps": 13}),
         accelerator="cpu",
         logger=logger,
         callbacks=[monitor, peek, *callbacks],
@@ -365,9 +363,10 @@ def test_lightning_resumes_in_the_middle_of_an_epoch_with_a_loader_that_can(tmp_
 
 
 def test_lightning_resumes_at_the_end_of_an_epoch_with_a_stock_loader(tmp_path, said):
+    # under max_steps= alone, Lightning 2.6 replays one batch when it resumes from an epoch's end
     path = tmp_path / "stopped.ckpt"
-    whole, _ = fit(stock(), Save(path, PER_EPOCH, epoch_end=True))
-    after, state = fit(stock(), resume=path)
+    whole, _ = fit(stock(), Save(path, PER_EPOCH, epoch_end=True), max_epochs=3)
+    after, state = fit(stock(), resume=path, max_epochs=3)
     assert after == [line for line in whole if line[0] >= PER_EPOCH]
     assert len(after) > 20
     assert leaves_equal(state, saved_state(path)["monitor"])
@@ -379,7 +378,8 @@ def test_lightning_in_the_middle_of_an_epoch_with_a_stock_loader_goes_on_from_th
 ):
     path = tmp_path / "stopped.ckpt"
     fit(stock(), Save(path, 7))
-    after, state = fit(stock(), resume=path)
+    with pytest.warns(UserWarning, match="your dataloader is not resumable"):  # Lightning's own
+        after, state = fit(stock(), resume=path)
     assert leaves_equal(state, saved_state(path)["monitor"])
     ours = [line for line in said if "DynamicsMonitor" in line]
     assert len(ours) == 1

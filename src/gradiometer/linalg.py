@@ -36,9 +36,10 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
         tensor([ 4., 16.], dtype=torch.float64)
     """
     half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
-    norms = torch._foreach_norm(list(tensors), 2.0, torch.float32 if half else None)
-    dtype = accumulation_dtype(norms[0].device)
-    return torch.stack([norm.to(dtype) for norm in norms]).square()
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    dtype = (torch.float64 if double else torch.float32) if half else None
+    norms = torch._foreach_norm(list(tensors), 2.0, dtype)
+    return torch.stack(norms).to(accumulation_dtype(norms[0].device)).square()
 
 
 def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

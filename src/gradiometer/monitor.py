@@ -75,6 +75,7 @@ class _Slot:
     # of this step only
     recording: bool = False
     sampling: bool = False
+    needs: frozenset[str] = frozenset()
     failed: bool = False
     sample: Mapping[str, Tensor] | None = None
     levels: Mapping[str, Tensor] = field(default_factory=dict)
@@ -85,10 +86,6 @@ class _Slot:
     def name(self) -> str:
         return self.observable.group
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return self.observable.required(self.recording)
-
     def begin(self, step: int) -> None:
         """Decide whether anything is due at this step."""
         due = not self.retired and self.observable.samples(step)
@@ -96,6 +93,7 @@ class _Slot:
         kept = due and (self.seen - 1) % self.stretch == 0
         self.sampling = (kept or self.owed) and not self.retired
         self.recording = self.owed or (kept and self.observable.due(step))
+        self.needs = self.observable.required(self.recording) if self.sampling else frozenset()
         self.failed, self.sample, self.levels, self.note, self.seconds = False, None, {}, "", 0.0
 
 

@@ -517,9 +517,7 @@ def test_error_of_the_ratio_is_that_of_replicas(momentum):
     curvature = torch.linspace(0.5, 2.0, modes, dtype=torch.float64)
     noise = torch.ones(modes, dtype=torch.float64)
     variance = lr * (1 + momentum) / (curvature * (1 - momentum) * (2 * (1 + momentum) - lr * curvature))
-    quadratic = Quadratic(
-        replicas, lr, variance, curvature=curvature, noise=noise, momentum=momentum, seed=2
-    )
+    quadratic = Quadratic(replicas, lr, variance, curvature=curvature, noise=noise, momentum=momentum, seed=2)
     for _ in range(300):
         quadratic.step()
     ((observable, estimator),) = replica_estimators(quadratic, 3000, 50, [10])

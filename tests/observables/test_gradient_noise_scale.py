@@ -56,7 +56,6 @@ def test_table_of_means_and_spreads(k, b, sd_trace, sd_signal):
     found = estimates(part_means(REPLICAS, [b] * k) / k, [b] * k)
     within(found["trace"], 55.0)
     within(found["grad_sq_norm"], 4.5)
-    print("T5", k, b, found["trace"].std()/sd_trace, found["grad_sq_norm"].std()/sd_signal)
     assert found["trace"].std().item() == pytest.approx(sd_trace, rel=0.05)
     assert found["grad_sq_norm"].std().item() == pytest.approx(sd_signal, rel=0.05)
 
@@ -153,21 +152,19 @@ def average_over_steps(contributions, sizes, **fields):
 
 
 def test_averages_are_divided_last():
-    """|G|^2 = 3.5: the mean of the ratios is 4.5 where B_simple is 15.7."""
+    """|G|^2 = 3.5: B_simple is 15.7, and 4 % of the single estimates of |G|^2 at b = 1 are negative."""
     gradient = (3.5 / P) ** 0.5
-    single = estimates(part_means(20_000, [1] * 8, gradient=gradient) / 8, [1] * 8)
+    single = estimates(part_means(REPLICAS, [1] * 8, gradient=gradient) / 8, [1] * 8)
     negative = (single["grad_sq_norm"] < 0).double().mean()
     assert negative.item() == pytest.approx(0.04, abs=0.01)
-    assert (single["trace"] / single["grad_sq_norm"]).median() < 25
     means = part_means(1000, [4] * 8, gradient=gradient)
     found = average_over_steps(means / 8, [4] * 8)
-    print("B_simple", found["scale"], negative)
     assert found["scale"] == pytest.approx(55 / 3.5, abs=0.3)  # 15.7, three spreads of 0.10
     each = estimates(means / 8, [4] * 8)
     ratio = each["trace"].mean() / each["grad_sq_norm"].mean()
     assert found["scale"] == pytest.approx(ratio.item(), rel=1e-12)
     wrong = (each["trace"] / each["grad_sq_norm"]).mean()
-    assert wrong.item() != pytest.approx(ratio.item(), rel=0.02)
+    assert wrong.item() > 1.02 * ratio.item()
 
 
 # -- per-example norms -----------------------------------------------------------------------------

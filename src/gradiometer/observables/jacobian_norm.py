@@ -41,7 +41,7 @@ class _Linearised:
                 "the outputs do not depend on the inputs through differentiable operations",
                 fix="Pass forward= that returns logits rather than decisions.",
             )
-        self.out = out.flatten(1)
+        self.out = out.reshape(len(out), -1)
         self.width = self.out.shape[1]
 
     def rows(self, v: Tensor, *, create_graph: bool = False) -> Tensor:
@@ -49,7 +49,7 @@ class _Linearised:
         (grad,) = torch.autograd.grad(
             self.out, self.x, v.to(self.out), retain_graph=True, create_graph=create_graph
         )
-        return grad.flatten(1)
+        return grad.reshape(len(grad), -1)
 
     def columns(self, w: Tensor) -> Tensor:
         """``J w`` per example by differentiating ``v^T J w`` in v: w ``[N, D]`` -> ``[N, O]``."""

@@ -58,7 +58,8 @@ def empirical_ntk(
               \frac{\partial f_{o'}(x'_b)}{\partial\theta_p},
               \qquad \text{trace kernel } \frac1O \sum_o \Theta_{ao,bo}
 
-    Jacobians are formed for a few examples and outputs at a time and contracted in float64. Batch norm
+    Jacobians are formed for a few examples and outputs at a time, contracted in the precision of each
+    parameter and added in float64. Batch norm
     uses its running statistics and dropout is off: the kernel is that of the network as evaluated.
 
     Args:

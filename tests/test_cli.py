@@ -1,0 +1,58 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradiometer import __version__
+from gradiometer.cli import main
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_a_command_is_needed(capsys):
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 2
+    assert "command" in capsys.readouterr().err
+
+
+def test_an_unknown_model_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--model", "perceptron"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "convnet" in error
+    assert "gpt" in error
+
+
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    shown = capsys.readouterr().out
+    for option in ("--model", "--steps", "--logdir", "--quiet"):
+        assert option in shown
+
+
+def test_options_reach_the_demo(monkeypatch, tmp_path):
+    import gradiometer.demo.run
+
+    seen = []
+    monkeypatch.setattr(gradiometer.demo.run, "run_demo", lambda *args, **kwargs: seen.append((args, kwargs)))
+    assert main(["demo", "--model", "gpt", "--steps", "3", "--logdir", str(tmp_path), "--quiet"]) == 0
+    assert main(["demo"]) == 0
+    assert seen == [
+        (("gpt",), {"steps": 3, "log_dir": tmp_path, "quiet": True}),
+        (("convnet",), {"steps": None, "log_dir": Path("runs"), "quiet": False}),
+    ]
+
+
+def test_the_installed_command_runs():
+    script = Path(sys.executable).with_name("gradiometer")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == __version__

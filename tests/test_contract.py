@@ -1,0 +1,222 @@
+"""What every observable and every public function promises."""
+
+import dataclasses
+import inspect
+import io
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gradiometer
+from gradiometer import MemoryRecorder, Monitor, Observable, Snapshot
+from gradiometer.collect import COLLECTORS
+from gradiometer.errors import MissingFieldError
+from gradiometer.observables import OBSERVABLES, default_observables
+from gradiometer.schedules import Schedule
+
+ROOT = Path(__file__).parents[1]
+PLACEHOLDER = re.compile(r"TODO|TBD|FIXME|XXX|\.\.\. *$|lorem|placeholder", re.IGNORECASE | re.MULTILINE)
+FUNCTIONS = sorted(
+    name
+    for name, where in gradiometer._WHERE.items()
+    if where == "observables"
+    and inspect.isfunction(getattr(gradiometer, name))
+    and name != "default_observables"
+)
+
+
+def sections(thing):
+    """Headings of a Google-style docstring, and their texts."""
+    text = inspect.getdoc(thing) or ""
+    parts = re.split(r"^(\w+):\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("kind", OBSERVABLES)
+def test_observables_are_documented(kind):
+    found = sections(kind)
+    for name in ("Args", "Units", "Source", "Shapes", "Example"):
+        assert found.get(name, "").strip(), name
+        assert not PLACEHOLDER.search(found[name]), name
+    assert ">>>" in found["Example"]
+    for field in dataclasses.fields(kind):
+        assert re.search(rf"^    {field.name}: \S", found["Args"], re.MULTILINE), field.name
+    for method in ("statistics", "levels", "note", "readings"):
+        assert inspect.getdoc(getattr(kind, method))
+
+
+@pytest.mark.parametrize("kind", OBSERVABLES)
+def test_every_reading_has_a_row_in_the_docs(kind):
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in (ROOT / "docs" / "observables.md").read_text().splitlines()
+        if line.startswith("| `dynamics/")
+    ]
+    assert len({row[0] for row in rows}) == len(rows)
+    table = {row[0]: row for row in rows}
+    for name, quantity in kind.quantities.items():
+        row = table.get(f"`dynamics/{kind.group}/{name}`")
+        assert row is not None, name
+        assert len(row) == 7
+        assert all(cell and not PLACEHOLDER.search(cell) for cell in row), name
+        plain = row[2].replace("²", "^2")
+        assert plain == quantity.unit, (name, row[2], quantity.unit)
+        assert quantity.sentence.endswith(".")
+    mine = {key for key in table if key.startswith(f"`dynamics/{kind.group}/")}
+    assert mine == {f"`dynamics/{kind.group}/{name}`" for name in kind.quantities}
+
+
+def test_functions_of_the_public_table_are_the_expected_ones():
+    assert FUNCTIONS == [
+        "empirical_ntk",
+        "fluctuation_dissipation",
+        "gradient_noise_scale",
+        "jacobian_norms",
+        "jacobian_singular_values",
+        "kernel_alignment",
+        "kernel_angle",
+        "kernel_distance",
+        "per_example_grad_norms",
+        "relative_drift",
+        "sgd_noise_scale",
+    ]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_functions_are_documented(name):
+    function = getattr(gradiometer, name)
+    found = sections(function)
+    for heading in ("Args", "Returns", "Shapes", "Units", "Raises", "Source", "Example"):
+        assert found.get(heading, "").strip(), heading
+        assert not PLACEHOLDER.search(found[heading].replace("[N, ...]", "")), heading
+    assert ">>>" in found["Example"]
+    for parameter in inspect.signature(function).parameters:
+        assert re.search(rf"^    {parameter}: \S", found["Args"], re.MULTILINE), parameter
+    assert re.search(r"arXiv:\d{4}\.\d{4,5}|JMLR", found["Source"])
+
+
+@pytest.mark.parametrize("name", sorted(set(gradiometer.__all__) - {"__version__"}))
+def test_everything_public_has_a_docstring_and_every_parameter_a_type(name):
+    thing = getattr(gradiometer, name)
+    assert inspect.getdoc(thing)
+    signature = inspect.signature(thing)
+    untyped = [
+        p.name
+        for p in signature.parameters.values()
+        if p.annotation is inspect.Parameter.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    assert not untyped
+
+
+@pytest.mark.parametrize("kind", OBSERVABLES)
+def test_observables_are_frozen_values_without_state(kind):
+    observable = kind()
+    assert isinstance(observable, Observable)
+    assert isinstance(observable.schedule, Schedule)
+    assert observable.group
+    assert set(observable.arrays) <= set(observable.quantities)
+    known = {*COLLECTORS, *(f.name for f in dataclasses.fields(Snapshot))}
+    for recording in (False, True):
+        assert observable.required(recording) <= known
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        observable.schedule = 3
+    assert len({o.group for o in default_observables()}) == len(OBSERVABLES)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def run(kind, steps=12, state=None, first=0):
+    """A loop that measures one observable at every second step."""
+    model, memory = network(), MemoryRecorder()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    arguments = {"sampling": 1} if kind().sampling is not None else {}
+    observable = kind(schedule=2, **arguments)
+    before = dict(vars(observable))
+    with Monitor(
+        model, optimizer, [observable], recorders=[memory], dataset_size=100, on_error="raise"
+    ) as monitor:
+        if state is not None:
+            monitor.load_state_dict(state)
+        generator = torch.Generator().manual_seed(first)
+        for _ in range(steps):
+            x = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+            y = torch.randint(3, (8,), generator=generator)
+            with monitor.micro_batch(x, y):
+                F.cross_entropy(model(x), y).backward()
+            monitor.before_step()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert vars(observable) == before
+    assert observable.estimator.is_empty
+    return memory, monitor
+
+
+@pytest.mark.parametrize("kind", OBSERVABLES)
+def test_readings_are_finite_and_only_those_declared(kind):
+    memory, _ = run(kind)
+    latest = {key: r for key, r in memory.latest().items() if key.split("/")[1] == kind.group}
+    names = {key.split("/")[2] for key in latest}
+    optional = {"off_diagonal", "residual"}  # outputs="full", verify=True
+    assert names == set(kind.quantities) - optional
+    for key, reading in latest.items():
+        if isinstance(reading.value, float):
+            assert math.isfinite(reading.value), key
+        else:
+            assert key.split("/")[2] in kind.arrays
+            assert reading.value.size > 0
+        assert reading.unit == kind.quantities[key.split("/")[2]].unit
+        assert not reading.stderr < 0
+    assert any(r.note for r in latest.values())
+
+
+@pytest.mark.parametrize("kind", OBSERVABLES)
+def test_the_estimators_state_survives_saving_and_loading(kind):
+    _, monitor = run(kind)
+    buffer = io.BytesIO()
+    torch.save(monitor.state_dict(), buffer)
+    state = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    again, _ = run(kind, steps=3, state=state, first=1)
+    straight, _ = run(kind, steps=3, state=monitor.state_dict(), first=1)
+    assert again.records
+    for (step, left), (other, right) in zip(again.records, straight.records, strict=True):
+        assert step == other >= 12
+        for a, b in zip(left, right, strict=True):
+            if "/cost/" not in a.key and isinstance(a.value, float):
+                assert (a.key, a.value.hex(), a.stderr.hex()) == (b.key, b.value.hex(), b.stderr.hex())
+
+
+NEEDS = {
+    "probe": r"Monitor\(probe=\.\.\.\) or the first call of monitor\.micro_batch",
+    "chunks": r"monitor\.micro_batch\(x, y\) around each forward and backward",
+    "update": r"monitor\.before_step\(\) before the optimizer's step",
+    "weights": r"the optimizer's step itself",
+}
+
+
+@pytest.mark.parametrize("kind", OBSERVABLES)
+def test_a_missing_field_is_named_with_the_call_that_supplies_it(kind):
+    observable, snapshot = kind(), Snapshot(step=7)
+    named = set()
+    for method, needs in ((observable.statistics, observable.required(False)), (observable.levels, None)):
+        if needs is None:
+            needs = kind.level_needs
+        if not needs:
+            continue
+        with pytest.raises(MissingFieldError, match=r"the snapshot of step 7 has no '(\w+)'") as caught:
+            method(snapshot)
+        field = re.search(r"no '(\w+)'", str(caught.value)).group(1)
+        if field == "model":  # asked for before the probe
+            with pytest.raises(MissingFieldError) as caught:
+                method(Snapshot(step=7, model=network()))
+            field = re.search(r"no '(\w+)'", str(caught.value)).group(1)
+        named.add(field)
+        assert re.search(NEEDS[field], str(caught.value))
+    assert named == observable.required(True)
