@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +184,7 @@ class Monitor:
         self.dataset_size = dataset_size
         self.latest: dict[str, Reading] = {}
         self._new: list[Reading] = []
-        self._slots = [_Slot(each, copy.deepcopy(each.estimator)) for each in chosen]
+        self._slots = [_Slot(each, copy.deepcopy(cast("Estimator", each.estimator))) for each in chosen]
         self._recorders: list[Any] = list(recorders)
         self._forward = forward or matrix_forward
         self._loss_reduction = loss_reduction

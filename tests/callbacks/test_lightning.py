@@ -656,12 +656,10 @@ def test_the_monitor_can_be_written_in_a_configuration_file(configure):
     [
         ("outputs: full", "outputs: everything"),
         ("schedule: 20", "schedule: often"),
-        ("schedule: 20", "schedule: 0"),
         ("probe_size: 4", "probe_size: many"),
         ("on_error: raise", "on_error: ignore"),
         ("gradiometer.GradientNoiseScale", "gradiometer.Window"),
         ("prefix: physics", "prefixed: physics"),
-        ("init_args: {steps: 2}", "init_args: {steps: 0}"),
     ],
 )
 def test_bad_values_in_a_configuration_file_are_refused(configure, right, wrong, capsys):
@@ -670,6 +668,36 @@ def test_bad_values_in_a_configuration_file_are_refused(configure, right, wrong,
         configure(YAML.replace(right, wrong))
     assert end.value.code == 2
     assert "DynamicsMonitor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ("schedule: 20", "schedule: 0", "a cadence must be a whole number of steps, at least 1, got 0"),
+        ("init_args: {steps: 2}", "init_args: {steps: 0}", "a cadence must be a whole number"),
+        ("init_args: {steps: 500}", "init_args: {steps: 0}", "must be at least 1, got 0"),
+    ],
+)
+def test_values_of_the_right_type_are_refused_by_their_class(configure, right, wrong, message):
+    assert YAML.count(right) == 1
+    with pytest.raises((SystemExit, ValueError), match=message):
+        configure(YAML.replace(right, wrong))
+
+
+def test_a_configuration_that_was_saved_can_be_read_again(configure):
+    cli = configure(YAML)
+    saved = cli.parser.dump(cli.config, skip_none=False)
+    assert " object at 0x" not in saved
+    again = configure(saved)
+    for one, other in zip(
+        *([c for c in each.trainer.callbacks if isinstance(c, DynamicsMonitor)] for each in (cli, again)),
+        strict=True,
+    ):
+        for left, right in zip(one._engine["observables"], other._engine["observables"], strict=True):
+            assert type(left) is type(right)
+            assert (left.schedule, left.sampling) == (right.schedule, right.sampling)
+            assert vars(left.estimator).get("steps") == vars(right.estimator).get("steps")
+            assert type(left.estimator) is type(right.estimator)
 
 
 def test_every_argument_is_explained_on_the_command_line(capsys, monkeypatch):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
 
 from ..estimators import Estimator, Last, Reference
 from ..records import Quantity
-from ..schedules import Schedule, as_schedule, every
+from ..schedules import Schedule, as_schedule
 from ..snapshot import Snapshot
 
 Numbers = Mapping[str, Any]
@@ -40,7 +40,8 @@ class Observable(ABC):
     Args:
         schedule: When a reading is recorded; a number of steps is read as a cadence.
         sampling: When statistics are sampled in between; the schedule itself when ``None``.
-        estimator: How statistics are averaged over steps. A template: the engine copies it.
+        estimator: How statistics are averaged over steps; ``default_estimator()`` when ``None``. A
+            template: the engine copies it.
 
     Example:
         >>> from gradiometer import Monitor, MemoryRecorder
@@ -62,13 +63,17 @@ class Observable(ABC):
     level_needs: ClassVar[frozenset[str]] = frozenset()
     arrays: ClassVar[frozenset[str]] = frozenset()
     """Names of readings that are arrays rather than numbers."""
+    default_estimator: ClassVar[type[Estimator]] = Last
+    """Not the default of the field itself, so that a configuration file can hold every default."""
 
-    schedule: Schedule | int = every(100)
+    schedule: Schedule | int = 100
     sampling: Schedule | int | None = None
-    estimator: Estimator = field(default_factory=Last)
+    estimator: Estimator | None = None
 
     def __post_init__(self) -> None:
-        """Read numbers as cadences."""
+        """Read numbers as cadences, and choose the estimator."""
+        if self.estimator is None:
+            object.__setattr__(self, "estimator", self.default_estimator())
         object.__setattr__(self, "schedule", as_schedule(self.schedule))
         if self.sampling is not None:
             object.__setattr__(self, "sampling", as_schedule(self.sampling))

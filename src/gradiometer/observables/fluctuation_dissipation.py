@@ -8,7 +8,7 @@ be multiplied with the weights. Equality says that the norm of the weights has s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -156,6 +156,7 @@ class FluctuationDissipation(Observable):
 
     group: ClassVar[str] = "fdr"
     level_needs: ClassVar[frozenset[str]] = frozenset({"weights"})
+    default_estimator: ClassVar[type[Estimator]] = HalfRun
     quantities: ClassVar[Mapping[str, Quantity]] = {
         "left": Quantity("loss", "Left side, the mean of weights times gradient."),
         "right": Quantity("loss", "Right side, the mean squared update."),
@@ -164,9 +165,8 @@ class FluctuationDissipation(Observable):
         "residual": Quantity("1", "Violation of the identity, relative to the right side."),
     }
 
-    schedule: Schedule | int = every(50)
-    sampling: Schedule | int | None = every(10)
-    estimator: Estimator = field(default_factory=HalfRun)
+    schedule: Schedule | int = 50
+    sampling: Schedule | int | None = 10
     verify: bool = False
 
     def __post_init__(self) -> None:

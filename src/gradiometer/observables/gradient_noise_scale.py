@@ -8,7 +8,7 @@ noise. They are reported under separate names and never share an axis.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from ..autodiff.tape import RideAlong
 from ..errors import InputError, SampleSkippedError, UnsupportedError
 from ..estimators import Estimator, Reference, Window
 from ..records import Quantity
-from ..schedules import Schedule, every
+from ..schedules import Schedule
 from ..snapshot import Snapshot
 from .base import Estimate, Numbers, Observable
 
@@ -252,6 +252,7 @@ class GradientNoiseScale(Observable):
 
     group: ClassVar[str] = "noise"
     needs: ClassVar[frozenset[str]] = frozenset({"chunks"})
+    default_estimator: ClassVar[type[Estimator]] = Window
     quantities: ClassVar[Mapping[str, Quantity]] = {
         "scale": Quantity("samples", "B_simple, the batch at which noise and signal balance."),
         "trace": Quantity("loss^2/parameter^2 samples", "Trace of the per-example covariance."),
@@ -261,8 +262,7 @@ class GradientNoiseScale(Observable):
         "temperature": Quantity("loss", "Temperature of SGD's noise per parameter, mean loss."),
     }
 
-    schedule: Schedule | int = every(50)
-    estimator: Estimator = field(default_factory=Window)
+    schedule: Schedule | int = 50
 
     def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """Both estimators of this step, and the settings they go with."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from .._types import Forward
 from ..autodiff.functional import check_inputs, measuring, pure_function
 from ..errors import InputError, UnsupportedError
-from ..estimators import Estimator, Last, Reference
+from ..estimators import Reference
 from ..linalg import random_orthonormal_rows
 from ..records import Quantity
-from ..schedules import Schedule, every
+from ..schedules import Schedule
 from ..snapshot import Snapshot
 from .base import Estimate, Numbers, Observable
 
@@ -238,8 +238,7 @@ class JacobianNorm(Observable):
         "spectral_norm": Quantity("output/input", "Mean over the probe of the largest singular value."),
     }
 
-    schedule: Schedule | int = every(250)
-    estimator: Estimator = field(default_factory=Last)
+    schedule: Schedule | int = 250
     num_projections: int | None = None
     seed: int = 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,10 +25,10 @@ from ..autodiff.functional import (
     take,
 )
 from ..errors import InputError, UnsupportedError
-from ..estimators import Estimator, Last, Reference
+from ..estimators import Reference
 from ..linalg import random_orthonormal_rows
 from ..records import Quantity
-from ..schedules import Schedule, every
+from ..schedules import Schedule
 from ..snapshot import Snapshot
 from ..statistics import delete_block_jackknife
 from .base import Estimate, Numbers, Observable
@@ -59,8 +59,8 @@ def empirical_ntk(
               \qquad \text{trace kernel } \frac1O \sum_o \Theta_{ao,bo}
 
     Jacobians are formed for a few examples and outputs at a time, contracted in the precision of each
-    parameter and added in float64. Batch norm
-    uses its running statistics and dropout is off: the kernel is that of the network as evaluated.
+    parameter and added in float64. Batch norm uses its running statistics and dropout is off: the kernel
+    is that of the network as evaluated.
 
     Args:
         model: Any module that ``torch.func`` can map over examples.
@@ -438,8 +438,7 @@ class NeuralTangentKernel(Observable):
         "spectrum": Quantity("output^2/parameter^2", "Its eigenvalues in ascending order."),
     }
 
-    schedule: Schedule | int = every(2000)
-    estimator: Estimator = field(default_factory=Last)
+    schedule: Schedule | int = 2000
     outputs: Outputs = "trace"
     num_projections: int | None = None
     max_memory: int | None = None
