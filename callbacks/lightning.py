@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
 
-from gradiometer.collect import dataset_size_of, loss_scales, selected_forward
 from gradiometer.monitor import Monitor
 from gradiometer.observables import Observable
 from gradiometer.recorders import LoggersRecorder
-from gradiometer.records import scalars
+from gradiometer.session import Session
 
 
 class DynamicsMonitor(pl.Callback):
@@ -76,105 +74,81 @@ class DynamicsMonitor(pl.Callback):
         layout: bool = False,
         print_table: bool = True,
     ) -> None:
-        self.monitor: Monitor | None = None
-        self._engine: dict[str, Any] = {
-            "observables": observables,
-            "loss_reduction": loss_reduction,
-            "probe_size": probe_size,
-            "prefix": prefix,
-            "on_error": on_error,
-            "budget": budget,
-        }
-        self._model, self._output_key = model, output_key
-        self._keys = (input_key, target_key)
+        self.session = Session(
+            model=model,
+            input_key=input_key,
+            target_key=target_key,
+            output_key=output_key,
+            observables=observables,
+            loss_reduction=loss_reduction,
+            probe_size=probe_size,
+            prefix=prefix,
+            on_error=on_error,
+            budget=budget,
+        )
+        self._prefix, self._layout, self._print_table = prefix, layout, print_table
         self._progress_bar = {f"{prefix}/{key}" for key in progress_bar}
-        self._layout, self._print_table = layout, print_table
-        self._saved: dict[str, Any] = {}
-        self._batches = 0
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The engine, once training has started."""
+        return self.session.monitor
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the engine on the optimizer that trains."""
-        if len(trainer.optimizers) != 1:
-            rank_zero_warn(f"DynamicsMonitor measures one optimizer, got {len(trainer.optimizers)}; off.")
-            return
-        if self.monitor is not None and not self._saved:
-            self._saved = self.state_dict()
-        self.monitor = Monitor(
-            pl_module,
-            trainer.optimizers[0],
-            recorders=[LoggersRecorder(trainer.loggers, layout=self._layout, prefix=self._engine["prefix"])],
-            forward=selected_forward(pl_module, self._model, self._output_key),
-            dataset_size=dataset_size_of(trainer.train_dataloader),
-            **self._engine,
+        recorder = LoggersRecorder(trainer.loggers, layout=self._layout, prefix=self._prefix)
+        self.session.start(
+            pl_module, trainer.optimizers, recorders=[recorder], loader=trainer.train_dataloader
         )
-        if self._saved:
-            self.monitor.load_state_dict(self._saved["monitor"])
-            if self._saved["batches"] and not hasattr(trainer.train_dataloader, "state_dict"):
-                rank_zero_info(
-                    f"DynamicsMonitor resumes {self._saved['batches']} batches into an epoch with a loader "
-                    "that cannot: the epoch's batches are replayed, readings go on from the saved state."
-                )
-            self._saved = {}
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """A micro-batch begins."""
-        if self.monitor is not None:
-            self.monitor.step = trainer.global_step
-            self._batches = batch_idx + 1
-            self.monitor.begin_batch(batch, *self._keys)
+        self.session.begin(batch, step=trainer.global_step, index=batch_idx)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Its backward pass is done."""
-        if self.monitor is not None:
-            self.monitor.end_micro_batch()
+        self.session.end()
 
     def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """The full, unclipped gradient is in place."""
-        if self.monitor is not None:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            self.monitor.before_step(**loss_scales(scaler, optimizer))
+        self.session.before_step(optimizer, getattr(trainer.precision_plugin, "scaler", None))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Pass new readings to ``callback_metrics`` and the progress bar."""
-        if self.monitor is not None:
-            for key, value in scalars(self.monitor.take_new()).items():
-                pl_module.log(key, value, prog_bar=key in self._progress_bar, logger=False, batch_size=1)
+        for key, value in self.session.new_numbers().items():
+            pl_module.log(key, value, prog_bar=key in self._progress_bar, logger=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A checkpoint from here on belongs to the end of an epoch."""
-        self._batches = 0
+        self.session.epoch_ended()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the closing table and take everything off."""
-        if self.monitor is not None:
-            self.monitor.close()
-            if self._print_table and trainer.is_global_zero:
-                print(self.monitor.table())
+        """Take everything off and print the closing table."""
+        table = self.session.close()
+        if table and self._print_table and trainer.is_global_zero:
+            print(table)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Take everything off when training breaks."""
-        if self.monitor is not None:
-            self.monitor.close()
+        self.session.close()
 
     @property
     def state_key(self) -> str:
         """Several monitors may run side by side under different prefixes."""
-        return self._generate_state_key(prefix=self._engine["prefix"])
+        return self._generate_state_key(prefix=self._prefix)
 
     def state_dict(self) -> dict[str, Any]:
         """The engine's state."""
-        if self.monitor is None:
-            return self._saved
-        return {"monitor": self.monitor.state_dict(), "batches": self._batches}
+        return self.session.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the engine is built."""
-        self._saved = state_dict
+        self.session.load_state_dict(state_dict)

@@ -13,17 +13,18 @@ SOURCE = ROOT / "src" / "gradiometer"
 
 ROWS = (
     ("errors", "records", "_version"),
-    ("_types", "linalg", "statistics", "parallel", "autodiff"),
+    ("_types",),
+    ("linalg", "statistics", "parallel", "autodiff"),
     ("schedules", "estimators", "snapshot"),
     ("observables", "recorders", "collect"),
     ("verdict", "cost"),
-    (),
     ("monitor",),
-    ("demo", "cli", "__init__", "callbacks"),
+    ("session",),
+    ("callbacks", "__init__"),
+    ("demo",),
+    ("cli",),
 )
 ROW = {name: row for row, names in enumerate(ROWS, 1) for name in names}
-SAME_ROW = {("autodiff", "_types"), ("demo", "callbacks"), ("cli", "demo")}
-"""What stands in one row and may be imported all the same: aliases of types, and the demo's parts."""
 
 
 def files():
@@ -58,9 +59,7 @@ def imports(module, path):
 
 
 def allowed(importer, imported):
-    if importer == imported or ROW[imported] < ROW[importer]:
-        return True
-    return (importer, imported) in SAME_ROW
+    return importer == imported or ROW[imported] < ROW[importer]
 
 
 def test_every_file_has_its_place():
@@ -85,18 +84,6 @@ def test_the_table_can_be_violated():
     assert not allowed("recorders", "observables")
     assert not allowed("errors", "records")
     assert allowed("monitor", "collect")
-
-
-def test_the_order_of_the_rows_is_needed():
-    """Each exception is really made use of."""
-    used = {
-        (part(module), part(name))
-        for module, path in FILES.items()
-        for name in imports(module, path)
-        if name.startswith("gradiometer.") and part(name) in ROW and part(module) != "__init__"
-    }
-    needed = {(a, b) for a, b in used if a != b and ROW[b] >= ROW[a]}
-    assert needed == SAME_ROW
 
 
 @pytest.mark.parametrize("module", FILES)

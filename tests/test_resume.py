@@ -1,7 +1,6 @@
 """Stop, save, load into fresh objects, and the readings go on as if nothing had happened."""
 
 import io
-import logging
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
@@ -28,6 +27,7 @@ from gradiometer import (
     Window,
 )
 from gradiometer.callbacks import DynamicsMonitor
+from gradiometer.errors import MeasurementWarning
 
 STEPS = 13
 
@@ -339,30 +339,17 @@ def saved_state(path):
     return next(state for key, state in states.items() if key.startswith("DynamicsMonitor"))
 
 
-@pytest.fixture
-def said():
-    """What Lightning's rank-zero logger says."""
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(handler)
-    yield lines
-    logger.removeHandler(handler)
-
-
 @pytest.mark.parametrize("stop", [2, 7, 10])
-def test_lightning_resumes_in_the_middle_of_an_epoch_with_a_loader_that_can(tmp_path, stop, said):
+def test_lightning_resumes_in_the_middle_of_an_epoch_with_a_loader_that_can(tmp_path, stop):
     path = tmp_path / "stopped.ckpt"
     whole, _ = fit(Loader(), Save(path, stop))
     after, state = fit(Loader(), resume=path)
     assert after == [line for line in whole if line[0] >= stop]
     assert len(after) > 20
     assert leaves_equal(state, saved_state(path)["monitor"])
-    assert not [line for line in said if "DynamicsMonitor" in line]
 
 
-def test_lightning_resumes_at_the_end_of_an_epoch_with_a_stock_loader(tmp_path, said):
+def test_lightning_resumes_at_the_end_of_an_epoch_with_a_stock_loader(tmp_path):
     # under max_steps= alone, Lightning 2.6 replays one batch when it resumes from an epoch's end
     path = tmp_path / "stopped.ckpt"
     whole, _ = fit(stock(), Save(path, PER_EPOCH, epoch_end=True), max_epochs=3)
@@ -370,20 +357,19 @@ def test_lightning_resumes_at_the_end_of_an_epoch_with_a_stock_loader(tmp_path, 
     assert after == [line for line in whole if line[0] >= PER_EPOCH]
     assert len(after) > 20
     assert leaves_equal(state, saved_state(path)["monitor"])
-    assert not [line for line in said if "DynamicsMonitor" in line]
 
 
 def test_lightning_in_the_middle_of_an_epoch_with_a_stock_loader_goes_on_from_the_state_and_says_so(
-    tmp_path, said
+    tmp_path,
 ):
     path = tmp_path / "stopped.ckpt"
     fit(stock(), Save(path, 7))
-    with pytest.warns(UserWarning, match="your dataloader is not resumable"):  # Lightning's own
+    with pytest.warns(UserWarning) as caught:
         after, state = fit(stock(), resume=path)
     assert leaves_equal(state, saved_state(path)["monitor"])
-    ours = [line for line in said if "DynamicsMonitor" in line]
+    ours = [str(each.message) for each in caught if issubclass(each.category, MeasurementWarning)]
     assert len(ours) == 1
-    assert "resumes 2 batches into an epoch" in ours[0]
+    assert "resuming 2 batches into an epoch" in ours[0]
     assert "readings go on from the saved state" in ours[0]
     assert min(step for step, _, _ in after) >= 7
 

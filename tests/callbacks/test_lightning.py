@@ -5,6 +5,7 @@ import csv
 import io
 import tokenize
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from gradiometer import (
     NeuralTangentKernel,
     Observable,
     Quantity,
+    at,
     every,
     log_spaced,
 )
@@ -411,23 +413,26 @@ def test_accumulation_and_clipping(arguments):
     )
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_gradient_scaler_does_not_change_the_readings(accumulate):
+class Scaled(MixedPrecision):
     """Lightning's scaler on the CPU, autocast aside, so that powers of two cancel exactly."""
 
-    class Scaled(MixedPrecision):
-        def forward_context(self):
-            return warnings.catch_warnings()
+    def __init__(self, scale):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000)
+        super().__init__("16-mixed", "cpu", scaler)
 
+    def forward_context(self):
+        return nullcontext()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_gradient_scaler_does_not_change_the_readings(accumulate):
     def readings(scale):
         logger = Kept()
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000)
-        plugin = Scaled("16-mixed", "cpu", scaler)
         monitor = quiet(every_step(GradientNorm(schedule=1)))
         run = trainer(
             monitor,
             logger=logger,
-            plugins=[plugin],
+            plugins=[Scaled(scale)],
             accumulate_grad_batches=accumulate,
             gradient_clip_val=0.1,
         )
@@ -442,6 +447,25 @@ def test_a_gradient_scaler_does_not_change_the_readings(accumulate):
     plain = readings(1.0)
     assert len(plain) > 50
     assert readings(2.0**10) == plain
+
+
+def test_a_step_that_the_scaler_skips_is_measured_at_the_next():
+    """Lightning counts such a step, so what was due at it is due no more."""
+
+    class Spoiled(Plain):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * torch.inf if batch_idx == 2 else loss
+
+    logger = Kept()
+    observables = [JacobianNorm(schedule=at([2, 5])), GradientNoiseScale(schedule=2)]
+    with pytest.warns(MeasurementWarning, match="the gradient is not finite at this step") as caught:
+        trainer(quiet(observables, on_error="warn"), logger=logger, plugins=[Scaled(2.0**10)]).fit(
+            Spoiled(), loader()
+        )
+    assert len([w for w in caught if issubclass(w.category, MeasurementWarning)]) == 1
+    assert sorted(logger.series("dynamics/jacobian/spectral_norm")) == [3, 5]
+    assert sorted(logger.series("dynamics/noise/trace")) == [0, 3, 4]
 
 
 # -- life ------------------------------------------------------------------------------------------
@@ -525,7 +549,7 @@ class Manual(Plain):
 def test_two_optimizers_are_warned_about_and_not_measured():
     logger, module = Kept(), Manual()
     run = trainer(quiet(), logger=logger)
-    with pytest.warns(UserWarning, match="measures one optimizer, got 2; off"):
+    with pytest.warns(UserWarning, match="one optimizer can be measured, got 2: the monitor is off"):
         run.fit(module, loader())
     assert not groups(logger.keys())
     assert not any(optimizer._optimizer_step_post_hooks for optimizer in run.optimizers)
@@ -638,7 +662,7 @@ def configure(tmp_path, monkeypatch):
 def test_the_monitor_can_be_written_in_a_configuration_file(configure):
     cli = configure(YAML)
     (monitor,) = [c for c in cli.trainer.callbacks if isinstance(c, DynamicsMonitor)]
-    kernel, noise, relation = monitor._engine["observables"]
+    kernel, noise, relation = monitor.session.arguments["observables"]
     assert isinstance(kernel, NeuralTangentKernel)
     assert (kernel.outputs, kernel.schedule) == ("full", log_spaced(until=100))
     assert (noise.schedule, noise.estimator.steps) == (every(20), 500)
@@ -693,7 +717,9 @@ def test_a_configuration_that_was_saved_can_be_read_again(configure):
         *([c for c in each.trainer.callbacks if isinstance(c, DynamicsMonitor)] for each in (cli, again)),
         strict=True,
     ):
-        for left, right in zip(one._engine["observables"], other._engine["observables"], strict=True):
+        for left, right in zip(
+            one.session.arguments["observables"], other.session.arguments["observables"], strict=True
+        ):
             assert type(left) is type(right)
             assert (left.schedule, left.sampling) == (right.schedule, right.sampling)
             assert vars(left.estimator).get("steps") == vars(right.estimator).get("steps")

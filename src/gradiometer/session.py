@@ -1,0 +1,156 @@
+"""A monitor whose model and optimizer come later: what callbacks of training frameworks drive.
+
+A framework builds its callback before it has an optimizer, loads its state before training starts, and
+may never start. The session bridges that; a callback only translates hooks into its calls.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .collect import dataset_size_of, loss_scales, selected_forward
+from .errors import MeasurementWarning
+from .monitor import Monitor
+from .recorders import Recorder
+from .records import scalars
+
+
+class Session:
+    """Builds a :class:`Monitor` when training starts, and passes hooks to it while it is there.
+
+    Args:
+        model: Dotted attribute of the module that holds the network; the module itself when ``None``.
+        input_key: Key of the inputs where batches are mappings.
+        target_key: Key of the targets where batches are mappings.
+        output_key: Key of the logits where the network returns a mapping or an object.
+        arguments: Further arguments of :class:`Monitor`.
+
+    Example:
+        >>> session = Session(probe_size=4, observables=[])
+        >>> net = nn.Linear(2, 1)
+        >>> session.start(net, [torch.optim.SGD(net.parameters(), lr=0.1)])
+        >>> session.monitor.step
+        0
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str | None = None,
+        input_key: str | None = None,
+        target_key: str | None = None,
+        output_key: str | None = None,
+        **arguments: Any,
+    ) -> None:
+        self.arguments = arguments
+        self.monitor: Monitor | None = None
+        self._model, self._output_key = model, output_key
+        self._keys = (input_key, target_key)
+        self._saved: dict[str, Any] = {}
+        self._batches = 0
+
+    def start(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        recorders: Sequence[Recorder] = (),
+        loader: Any = None,
+    ) -> None:
+        """Build the monitor, and continue from a state that was loaded or left by an earlier run.
+
+        Args:
+            module: The module that is trained.
+            optimizers: Its optimizers; with several nothing is measured, and a warning says so.
+            recorders: Where readings go.
+            loader: The training loader, for the size of the data set.
+        """
+        if len(optimizers) != 1:
+            message = f"one optimizer can be measured, got {len(optimizers)}: the monitor is off."
+            warnings.warn(message, MeasurementWarning, stacklevel=2)
+            return
+        if self.monitor is not None and not self._saved:
+            self._saved = self.state_dict()
+        self.monitor = Monitor(
+            module,
+            optimizers[0],
+            recorders=recorders,
+            forward=selected_forward(module, self._model, self._output_key),
+            dataset_size=dataset_size_of(loader),
+            **self.arguments,
+        )
+        if self._saved:
+            self.monitor.load_state_dict(self._saved["monitor"])
+            if self._saved["batches"] and not hasattr(loader, "state_dict"):
+                warnings.warn(
+                    f"resuming {self._saved['batches']} batches into an epoch with a loader that cannot: "
+                    "the epoch's batches are replayed, and readings go on from the saved state.",
+                    MeasurementWarning,
+                    stacklevel=2,
+                )
+            self._saved = {}
+
+    def begin(self, batch: Any, *, step: int, index: int) -> None:
+        """A micro-batch begins.
+
+        Args:
+            batch: What the loader gave.
+            step: The optimizer step under which its loss is logged.
+            index: Its position in the epoch.
+        """
+        if self.monitor is not None:
+            self.monitor.step, self._batches = step, index + 1
+            self.monitor.begin_batch(batch, *self._keys)
+
+    def end(self) -> None:
+        """Its backward pass is done."""
+        if self.monitor is not None:
+            self.monitor.end_micro_batch()
+
+    def before_step(self, optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
+        """The full, unclipped gradient is in place.
+
+        Args:
+            optimizer: The optimizer about to step.
+            scaler: The gradient scaler, already unscaled, or ``None``.
+        """
+        if self.monitor is not None:
+            self.monitor.before_step(**loss_scales(scaler, optimizer))
+
+    def epoch_ended(self) -> None:
+        """A checkpoint from here on belongs to the end of an epoch."""
+        self._batches = 0
+
+    def new_numbers(self) -> dict[str, float]:
+        """Numbers recorded since the last call, by log key."""
+        return {} if self.monitor is None else scalars(self.monitor.take_new())
+
+    def close(self) -> str:
+        """Take everything off.
+
+        Returns:
+            The closing table; empty if nothing was measured.
+        """
+        if self.monitor is None:
+            return ""
+        self.monitor.close()
+        return self.monitor.table()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The monitor's state, or the loaded one while there is no monitor."""
+        if self.monitor is None:
+            return self._saved
+        return {"monitor": self.monitor.state_dict(), "batches": self._batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep the state until the monitor is built.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        self._saved = state
