@@ -96,10 +96,8 @@ class DynamicsMonitor(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the engine on the optimizer that trains."""
-        recorder = LoggersRecorder(trainer.loggers, layout=self._layout, prefix=self._prefix)
-        self.session.start(
-            pl_module, trainer.optimizers, recorders=[recorder], loader=trainer.train_dataloader
-        )
+        logs = [LoggersRecorder(trainer.loggers, layout=self._layout, prefix=self._prefix)]
+        self.session.start(pl_module, trainer.optimizers, recorders=logs, loader=trainer.train_dataloader)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -359,12 +359,13 @@ def test_lightning_resumes_at_the_end_of_an_epoch_with_a_stock_loader(tmp_path):
     assert leaves_equal(state, saved_state(path)["monitor"])
 
 
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
 def test_lightning_in_the_middle_of_an_epoch_with_a_stock_loader_goes_on_from_the_state_and_says_so(
     tmp_path,
 ):
     path = tmp_path / "stopped.ckpt"
     fit(stock(), Save(path, 7))
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(MeasurementWarning, match="replayed") as caught:
         after, state = fit(stock(), resume=path)
     assert leaves_equal(state, saved_state(path)["monitor"])
     ours = [str(each.message) for each in caught if issubclass(each.category, MeasurementWarning)]
