@@ -42,6 +42,8 @@ class Run:
         grad_scale: Factor still in ``.grad`` at ``before_step``.
         sizes: Examples of each micro-batch of this step so far.
         updates: Optimizer steps seen so far.
+        scratch: One tensor of the shape of each parameter, kept between steps: allocating them anew costs
+            more than filling them.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class Run:
     grad_scale: float = 1.0
     sizes: list[int] = field(default_factory=list)
     updates: int = 0
+    scratch: dict[Tensor, Tensor] = field(default_factory=dict)
 
 
 class Collector(ABC):
@@ -224,19 +227,32 @@ class UpdateCollector(Collector):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self.copies: list[list[Tensor]] | None = None
+        self._copies: list[list[Tensor]] | None = None
 
     def before_step(self) -> None:
         """Copy the weights where the update cannot be rebuilt."""
         if not is_rebuilt(self.run.optimizer):
-            self.copies = [_copies(group["params"]) for group in self.run.optimizer.param_groups]
+            self._copies = [self._copy(group["params"]) for group in self.run.optimizer.param_groups]
+
+    def _copy(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The weights of a group, in the scratch tensors."""
+        trained = _trained(parameters)
+        for parameter in trained:
+            if parameter not in self.run.scratch:
+                self.run.scratch[parameter] = torch.empty_like(parameter, requires_grad=False)
+        copies = [self.run.scratch[parameter] for parameter in trained]
+        if copies:
+            torch._foreach_copy_(copies, [parameter.detach() for parameter in trained])
+        return copies
 
     def result(self) -> Update:
         """Squared displacement, and its inner product with the buffer for Nesterov."""
         squares, dots = [], []
         for g, group in enumerate(self.run.optimizer.param_groups):
-            if self.copies is not None:
-                moved = _differences(self.copies[g], group["params"])
+            if self._copies is not None:
+                moved = self._copies[g]
+                if moved:
+                    torch._foreach_sub_(moved, [p.detach() for p in _trained(group["params"])])
                 squares.append(_total(squared_norms, moved))
                 velocities = _velocities(self.run.optimizer, _trained(group["params"]))
                 nesterov = group.get("nesterov") and velocities
@@ -272,7 +288,8 @@ class WorkCollector(Collector):
         gradient, displacement = [], []
         for old, group in zip(self._copies, self.run.optimizer.param_groups, strict=True):
             old64 = [tensor.double() for tensor in old]
-            moved = [tensor.double() for tensor in _differences(old, group["params"])]
+            after = [p.detach() for p in _trained(group["params"])]
+            moved = [(a - b).double() for a, b in zip(old, after, strict=True)]
             displacement.append(_total(inner_products, old64, moved))
             if is_sgd(self.run.optimizer) and group["nesterov"]:  # d = g + mu b
                 lr, momentum = float(group["lr"]), group["momentum"]
@@ -527,12 +544,6 @@ def _velocities(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
 
 def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p.detach().clone() for p in _trained(parameters)]
-
-
-def _differences(old: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    if not old:
-        return []
-    return list(torch._foreach_sub(list(old), [p.detach() for p in _trained(parameters)]))
 
 
 def _total(function: Any, *tensors: Sequence[Tensor]) -> Tensor:

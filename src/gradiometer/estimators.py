@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,29 +36,54 @@ class Moment:
     levels: Tensor
 
 
-@dataclass
 class Reference:
-    """What a reading may be compared with.
+    """What a reading may be compared with; levels are made ready when they are first asked for.
 
     Args:
         step: The step of the reading.
-        first: Levels at the first recording of the run, never forgotten.
-        first_step: Its step.
-        previous: Levels at the recording before this one; empty at the first.
-        previous_step: Its step; ``-1`` at the first recording.
-        path: Levels at the window's start and at the end of each of its blocks, stacked.
-        path_steps: Their steps; a single one until the window has a known start.
+        first: The first record of the run, never forgotten.
+        previous: The record before this one, ``None`` at the first.
+        path: The window's known start and the end of each of its blocks.
+        layout: Names and shapes of the levels.
         samples: Number of samples behind the averages.
     """
 
-    step: int
-    first: dict[str, Tensor]
-    first_step: int
-    previous: dict[str, Tensor]
-    previous_step: int
-    path: dict[str, Tensor]
-    path_steps: Tensor
-    samples: float
+    def __init__(
+        self,
+        step: int,
+        first: Moment,
+        previous: Moment | None,
+        path: list[Moment],
+        layout: Layout,
+        samples: float,
+    ) -> None:
+        self.step = step
+        self.first_step = first.step
+        self.previous_step = previous.step if previous else -1
+        self.samples = samples
+        self._first, self._previous, self._path, self._layout = first, previous, path, layout
+
+    @cached_property
+    def first(self) -> dict[str, Tensor]:
+        """Levels at the first record of the run."""
+        return _unflatten(self._first.levels, self._layout)
+
+    @cached_property
+    def previous(self) -> dict[str, Tensor]:
+        """Levels at the record before this one; empty at the first."""
+        return _unflatten(self._previous.levels, self._layout) if self._previous else {}
+
+    @cached_property
+    def path(self) -> dict[str, Tensor]:
+        """Levels along the window, stacked ``[K, ...]``; ``K = 1`` until the window has a known start."""
+        if not self._path:
+            return {}
+        return _unflatten(torch.stack([moment.levels for moment in self._path]), self._layout)
+
+    @cached_property
+    def path_steps(self) -> Tensor:
+        """Steps along the window, ``[K]``."""
+        return torch.tensor([moment.step for moment in self._path], dtype=torch.float64)
 
 
 @dataclass
@@ -260,16 +286,12 @@ class Estimator(ABC):
         if state.now is None or state.first is None:
             raise InputError("this estimator has no record yet", fix="Call close(step) first.")
         moments = ([state.origin] if state.origin else []) + [b.moment for b in state.blocks]
-        moments = [moment for moment in moments if moment.levels.numel()]
-        path = torch.stack([moment.levels for moment in moments]) if moments else torch.zeros(0, 0)
         return Reference(
             step=state.now.step,
-            first=self._levels_at(state.first),
-            first_step=state.first.step,
-            previous=self._levels_at(state.previous),
-            previous_step=state.previous.step if state.previous else -1,
-            path=_unflatten(path, state.levels_layout) if moments else {},
-            path_steps=torch.tensor([m.step for m in moments], dtype=torch.float64),
+            first=state.first,
+            previous=state.previous,
+            path=[moment for moment in moments if moment.levels.numel()],
+            layout=state.levels_layout,
             samples=sum(block.weight for block in state.blocks),
         )
 

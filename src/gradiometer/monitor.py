@@ -198,6 +198,7 @@ class Monitor:
         self._warned: set[str] = set()
         self._begun = self._ready = False
         self._due: list[_Slot] = []
+        self._groups: tuple[GroupSettings, ...] = ()
         self.cost = CostLedger()
         self._own_seconds = 0.0
         self._step_began: float | None = None
@@ -350,6 +351,7 @@ class Monitor:
 
     def _snapshot(self, fields: dict[str, Any]) -> Snapshot:
         """The gathered fields, and those that cost nothing."""
+        self._groups = group_settings(self.optimizer)
         if self._run.sizes:
             fields["batch_size"] = sum(self._run.sizes) * parallel.world_size()
         if self._probe is not None:
@@ -360,7 +362,7 @@ class Monitor:
             step=self.step,
             model=self.model,
             forward=self._forward,
-            groups=group_settings(self.optimizer),
+            groups=self._groups,
             loss_reduction=self._loss_reduction,
             **fields,
         )
@@ -414,7 +416,6 @@ class Monitor:
         reference = slot.estimator.reference()
         rows, weights = slot.estimator.replicates()
         values = slot.observable.readings(rows | slot.estimator.levels(), reference)
-        groups = group_settings(self.optimizer)
         quantities, arrays = slot.observable.quantities, slot.observable.arrays
         numbers = {name: _as_rows(value) for name, value in values.items() if name not in arrays}
         errors = _errors({n: row for n, row in numbers.items() if len(row) > 1}, weights)
@@ -424,7 +425,7 @@ class Monitor:
             if isinstance(value, Estimate):
                 stderr = float(_as_rows(value.stderr)[0])
             shown = float(numbers[name][0]) if name in numbers else value
-            label = _named_group(name, groups)
+            label = _named_group(name, self._groups)
             readings.append(self._reading(slot.name, quantities, label, shown, stderr, slot.note))
         return readings
 
