@@ -11,6 +11,7 @@ machine that changes its speed changes both.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from common import Case, batches, cases, save, timed
+from common import RESULTS, Case, batches, cases, save, timed
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradiometer import (
@@ -190,6 +191,12 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def saved_results() -> dict[str, Any]:
+    """The last saved run; ``--models`` replaces the rows it measures and keeps the others."""
+    path = RESULTS / "overhead.json"
+    return json.loads(path.read_text())["results"] if path.exists() else {}
+
+
 def into_readme(table: str) -> None:
     """Put the table between its marks."""
     text = README.read_text()
@@ -201,7 +208,7 @@ def into_readme(table: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repeats, for the tests; nothing is saved")
-    parser.add_argument("--models", nargs="*", default=None)
+    parser.add_argument("--models", nargs="*", default=None, help="measure these, keep the other saved rows")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -214,9 +221,12 @@ def main() -> None:
         }
     print("Cost of one record in training steps (share of the loop at the default cadence)\n")
     print(markdown(results))
-    if not options.quick and options.models is None:
-        print(f"\nsaved: {save('overhead', {'results': results})}")
-        into_readme(markdown(results))
+    if not options.quick:
+        kept = saved_results()
+        for optimizer, models in results.items():
+            kept.setdefault(optimizer, {}).update(models)
+        print(f"\nsaved: {save('overhead', {'results': kept})}")
+        into_readme(markdown(kept))
 
 
 if __name__ == "__main__":

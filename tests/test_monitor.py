@@ -463,7 +463,7 @@ def test_forgetting_before_step_is_said_once(make):
     memory, messages = forgetful_loop(EACH_STEP, before_step=False, make=make)
     assert len(messages) == 1
     assert "monitor.before_step() was not called before optimizer.step()" in messages[0]
-    assert not memory.series("dynamics/noise/trace")
+    assert all(math.isnan(value) for _, value in memory.series("dynamics/noise/trace"))
     assert len(memory.series("dynamics/ntk/drift")) == 4
 
 
@@ -479,7 +479,32 @@ def test_forgetting_micro_batch_is_said_once_and_by_name():
     assert "no micro-batch was seen" in messages[0]
     assert "with monitor.micro_batch(x, y):" in messages[0]
     assert memory.latest()["dynamics/fdr/left"].is_finite
-    assert not memory.series("dynamics/ntk/drift")
+    assert all(math.isnan(value) for _, value in memory.series("dynamics/ntk/drift"))
+
+
+def test_a_sample_that_never_comes_is_tried_at_most_three_more_times_after_each_due_step():
+    model, memory, tries = network(), MemoryRecorder(), []
+
+    class Counting(GradientNoiseScale):
+        def statistics(self, snapshot):
+            tries.append(snapshot.step)
+            return super().statistics(snapshot)
+
+    optimizer = sgd(model)
+    with (
+        Monitor(model, optimizer, [Counting(schedule=8)], recorders=[memory]) as monitor,
+        pytest.warns(MeasurementWarning, match="at least two parts of a batch"),
+    ):
+        for step in range(16):
+            x, y = batch(step)
+            with monitor.micro_batch(x[:1], y[:1]):  # single examples, nothing to compare
+                F.cross_entropy(model(x[:1]), y[:1]).backward()
+            monitor.before_step()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert tries == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert [step for step, _ in memory.series("dynamics/noise/scale")] == [3, 11]
+    assert all(math.isnan(value) for _, value in memory.series("dynamics/noise/scale"))
 
 
 def test_a_probe_of_ones_own_serves_where_micro_batch_is_left_out():

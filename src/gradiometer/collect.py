@@ -106,7 +106,7 @@ class ChunkCollector(Collector):
     def enter(self, size: int) -> None:
         """Hook the parameters; ride along too unless micro-batches are known to be several."""
         self._calls.clear()
-        self._micro.append(torch.zeros((), dtype=torch.float64))
+        self._micro.append(torch.zeros(()))  # takes the dtype that the device has
         if not self._handles:
             self._handles = [
                 p.register_hook(self._hook(name))

@@ -70,6 +70,7 @@ class _Slot:
     stretch: int = 1
     seen: int = 0
     owed: bool = False
+    skips: int = 0
     failures: int = 0
     retired: bool = False
     # of this step only
@@ -385,7 +386,7 @@ class Monitor:
             if not slot.failed:
                 try:
                     readings += self._read(slot)
-                    slot.owed, slot.failures = False, 0
+                    slot.owed, slot.skips, slot.failures = False, 0, 0
                 except Exception as error:
                     self._fail(slot, error)
             if slot.failed and not slot.owed:
@@ -527,9 +528,10 @@ class Monitor:
         slot.failed, slot.sample, slot.levels = True, None, {}
         what = f"{type(slot.observable).__name__} at step {self.step}"
         if isinstance(error, SampleSkippedError):
-            slot.owed = slot.owed or slot.recording
+            slot.skips += 1
+            slot.owed = slot.recording and slot.skips % (_TRIES + 1) != 0
             if self._ready:  # else one warning has said that before_step() is missing
-                self._warn(f"{what}: {error} The sample is left out; the next step is tried.", str(error))
+                self._warn(f"{what}: {error} The sample is left out; the next steps are tried.", str(error))
             return
         slot.failures += 1
         slot.owed = False
@@ -659,6 +661,7 @@ class Monitor:
                     "stretch": slot.stretch,
                     "seen": slot.seen,
                     "owed": slot.owed,
+                    "skips": slot.skips,
                     "failures": slot.failures,
                     "retired": slot.retired,
                 }
@@ -697,7 +700,7 @@ class Monitor:
                 continue
             slot.estimator.load_state_dict(own["estimator"])
             slot.stretch, slot.seen, slot.owed = own["stretch"], own["seen"], own["owed"]
-            slot.failures, slot.retired = own["failures"], own["retired"]
+            slot.skips, slot.failures, slot.retired = own["skips"], own["failures"], own["retired"]
         if saved:
             self._warn(f"the checkpoint also holds {sorted(saved)}, which this monitor does not measure.")
 
