@@ -31,6 +31,7 @@ class Case:
     make_batch: Callable[[torch.Generator], tuple[Tensor, Tensor]]
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     dataset_size: int
+    lightning_steps: int = 1000
 
     def loss(self, out: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(out.flatten(0, -2), y.flatten())
@@ -70,7 +71,7 @@ def cases(optimizer: str) -> list[Case]:
     make = {"sgd": sgd, "adamw": adamw}[optimizer]
     return [
         Case("mlp", mlp, _vectors, make, 60_000),
-        Case("convnet", DigitsConvNet, _images, make, 1_437),
+        Case("convnet", DigitsConvNet, _images, make, 1_437, 8000),
         Case("transformer", CharacterTransformer, _tokens, make, 6_500),
     ]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import lightning.pytorch as pl
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from gradiometer.monitor import Monitor
@@ -18,7 +19,7 @@ from gradiometer.recorders import LoggersRecorder
 from gradiometer.session import Session
 
 
-class DynamicsMonitor(pl.Callback):
+class DynamicsMonitor(Callback):
     """Measure the dynamics of a Lightning run and log them beside its loss curves.
 
     Readings go to every logger on the step axis of the losses, at their own cadence, and to
@@ -54,7 +55,7 @@ class DynamicsMonitor(pl.Callback):
         InputError: If an argument cannot be used; at the start of training for what needs the model.
 
     Example:
-        >>> trainer = pl.Trainer(callbacks=[DynamicsMonitor()], logger=False, enable_checkpointing=False)
+        >>> trainer = Trainer(callbacks=[DynamicsMonitor()], logger=False, enable_checkpointing=False)
     """
 
     def __init__(
@@ -94,47 +95,46 @@ class DynamicsMonitor(pl.Callback):
         """The engine, once training has started."""
         return self.session.monitor
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the engine on the optimizer that trains."""
         logs = [LoggersRecorder(trainer.loggers, layout=self._layout, prefix=self._prefix)]
         self.session.start(pl_module, trainer.optimizers, recorders=logs, loader=trainer.train_dataloader)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """A micro-batch begins."""
         self.session.begin(batch, step=trainer.global_step, index=batch_idx)
 
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Its backward pass is done."""
         self.session.end()
 
     def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """The full, unclipped gradient is in place."""
         self.session.before_step(optimizer, getattr(trainer.precision_plugin, "scaler", None))
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Pass new readings to ``callback_metrics`` and the progress bar."""
-        for key, value in self.session.new_numbers().items():
-            pl_module.log(key, value, prog_bar=key in self._progress_bar, logger=False, batch_size=1)
+        numbers = self.session.new_numbers()  # log() would compute every key again after each batch
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in numbers.items()})
+        trainer.progress_bar_metrics.update({key: numbers[key] for key in self._progress_bar & set(numbers)})
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A checkpoint from here on belongs to the end of an epoch."""
         self.session.epoch_ended()
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take everything off and print the closing table."""
         table = self.session.close()
         if table and self._print_table and trainer.is_global_zero:
             print(table)
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take everything off when training breaks."""
         self.session.close()
 
