@@ -23,7 +23,8 @@ class DynamicsMonitor(Callback):
     """Measure the dynamics of a Lightning run and log them beside its loss curves.
 
     Readings go to every logger on the step axis of the losses, at their own cadence, and to
-    ``trainer.callback_metrics``, so that ``EarlyStopping`` and ``ModelCheckpoint`` can watch them.
+    ``trainer.callback_metrics`` once they are finite, so that ``EarlyStopping(..., strict=False)`` and
+    ``ModelCheckpoint`` can watch them.
     Weights after training are bit-identical with and without this callback.
 
     Args:

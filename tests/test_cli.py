@@ -56,3 +56,18 @@ def test_the_installed_command_runs():
     script = Path(sys.executable).with_name("gradiometer")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "must be at least 1, got 0"),
+        (["--steps", "-5"], "must be at least 1, got -5"),
+        (["--logdir", "/dev/null/runs"], "cannot write to --logdir"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

@@ -23,11 +23,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="train a small network under the instruments")
     demo.add_argument("--model", choices=("convnet", "gpt"), default="convnet", help="what to train")
-    demo.add_argument("--steps", type=int, default=None, help="optimizer steps")
+    demo.add_argument("--steps", type=_positive, default=None, help="optimizer steps")
     demo.add_argument("--logdir", type=Path, default=Path("runs"), help="folder for TensorBoard")
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
     from .demo.run import run_demo
 
+    try:
+        options.logdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot write to --logdir {options.logdir}: {error.strerror}")
     run_demo(options.model, steps=options.steps, log_dir=options.logdir, quiet=options.quiet)
     return 0
+
+
+def _positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import SubsetRandomSampler
 
 from . import parallel
 from ._types import Forward
@@ -95,10 +96,15 @@ class ChunkCollector(Collector):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self._micro: list[Tensor] = []
+        self._fired: list[bool] = []
         self._calls: dict[str, int] = {}
         self._handles: list[Any] = []
         self._tape: RideAlong | None = None
         self._refusal: str | None = None
+        held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+        self._trained = {
+            name: p for name, p in run.model.named_parameters() if p.requires_grad and id(p) in held
+        }
         self._repeated: str | None = None
         self._error: Exception | None = None
         self._chunks: Chunks | None = None
@@ -106,17 +112,14 @@ class ChunkCollector(Collector):
     def enter(self, size: int) -> None:
         """Hook the parameters; ride along too unless micro-batches are known to be several."""
         self._calls.clear()
+        self._fired.append(False)
         self._micro.append(torch.zeros(()))  # takes the dtype that the device has
         if not self._handles:
-            self._handles = [
-                p.register_hook(self._hook(name))
-                for name, p in self.run.model.named_parameters()
-                if p.requires_grad
-            ]
+            self._handles = [p.register_hook(self._hook(name)) for name, p in self._trained.items()]
         if len(self.run.sizes) == 1 and self.run.micro_batches_before < 2:
             self._refusal = refusal(self.run.model)
             if self._refusal is None:
-                self._tape = RideAlong(self.run.model, size)
+                self._tape = RideAlong(self.run.model, size, list(self._trained.values()))
         elif self._tape is not None:
             self._tape.detach()
             self._tape = None
@@ -125,6 +128,7 @@ class ChunkCollector(Collector):
         def hook(grad: Tensor) -> None:
             began = perf_counter()
             try:
+                self._fired[-1] = True
                 self._calls[name] = self._calls.get(name, 0) + 1
                 if self._calls[name] > 1:
                     self._repeated = name
@@ -143,11 +147,7 @@ class ChunkCollector(Collector):
 
     def before_step(self) -> None:
         """Reduce everything while ``.grad`` is still unclipped."""
-        gradients = {
-            name: p.grad
-            for name, p in self.run.model.named_parameters()
-            if p.requires_grad and p.grad is not None
-        }
+        gradients = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
         if parallel.world_size() > 1:
             raise UnsupportedError(
                 "the noise scale is not available under data-parallel training",
@@ -159,9 +159,11 @@ class ChunkCollector(Collector):
         if not gradients:
             raise SampleSkippedError("no parameter has a gradient at this step")
         several = len(self.run.sizes) > 1
+        if several:  # a micro-batch that was given up has no backward and is no part of the gradient
+            self.run.sizes = [n for n, fired in zip(self.run.sizes, self._fired, strict=True) if fired]
         names, sq_norms, sizes, skipped = self._micro_batches() if several else self._examples()
         covered = {name: gradients[name] for name in names if name in gradients}
-        total = sum(p.numel() for p in self.run.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self._trained.values())
         parameters = sum(g.numel() for g in covered.values())
         self._chunks = Chunks(
             source="micro-batches" if several else "per example",
@@ -185,8 +187,10 @@ class ChunkCollector(Collector):
                 "pass (reentrant checkpointing), so the norm of the whole is not known",
                 fix="Write checkpoint(..., use_reentrant=False).",
             )
-        names = {n for n, p in self.run.model.named_parameters() if p.requires_grad}
-        return names, torch.stack(self._micro), torch.tensor(self.run.sizes), {}
+        norms = [norm for norm, fired in zip(self._micro, self._fired, strict=True) if fired]
+        if len(norms) < 2:
+            raise SampleSkippedError("fewer than two micro-batches of this step had a backward pass")
+        return set(self._trained), torch.stack(norms), torch.tensor(self.run.sizes), {}
 
     def _examples(self) -> tuple[set[str], Tensor, Tensor, dict[str, str]]:
         if self._refusal is not None:
@@ -265,7 +269,7 @@ class UpdateCollector(Collector):
                 raise SampleSkippedError(
                     "the weights before the step were not seen", fix="Call monitor.before_step()."
                 )
-        return Update(_checked(squares, "update"), torch.stack(dots))
+        return Update(_stacked(squares), torch.stack(dots))
 
 
 class WorkCollector(Collector):
@@ -322,7 +326,7 @@ class WeightCollector(Collector):
             zero = squares[-1] * 0
             dots.append(inner_products(*zip(*pairs, strict=True)).sum() if pairs else zero)
         updates = torch.tensor(self.run.updates, dtype=torch.float64)
-        return Weights(_checked(squares, "weights"), torch.stack(dots), updates)
+        return Weights(_stacked(squares), torch.stack(dots), updates)
 
 
 COLLECTORS: Mapping[str, type[Collector]] = {
@@ -421,7 +425,8 @@ def split_batch(
     """Inputs and targets of a batch that is a pair or a mapping.
 
     Args:
-        batch: ``(x, y)``, a mapping, or the inputs alone.
+        batch: ``(x, y)``, a mapping, or the inputs alone; of a longer sequence only the first entry is
+            used, since which other one holds the targets is not clear.
         input_key: Key of the inputs in a mapping; one of the usual names when ``None``.
         target_key: Key of the targets; one of the usual names, or no targets, when ``None``.
 
@@ -446,7 +451,7 @@ def split_batch(
         target = _one_key(batch, target_key, TARGET_KEYS, "target_key")
         return batch[source], batch[target] if target is not None else None
     if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)) and len(batch):
-        second = batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
+        second = batch[1] if len(batch) == 2 and isinstance(batch[1], Tensor) else None
         return batch[0], second
     return batch, None
 
@@ -508,6 +513,9 @@ def dataset_size_of(loader: Any) -> int | None:
     Args:
         loader: A data loader.
     """
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, SubsetRandomSampler):
+        return len(sampler)
     dataset = getattr(loader, "dataset", None)
     return len(dataset) if isinstance(dataset, Sized) else None
 
@@ -553,7 +561,7 @@ def _total(function: Any, *tensors: Sequence[Tensor]) -> Tensor:
     return function(*tensors).sum()
 
 
-def _checked(values: list[Tensor], what: str) -> Tensor:
+def _stacked(values: list[Tensor]) -> Tensor:
     """Stack one number per group; the values stay on the device unless groups are spread over several."""
     if len({value.device for value in values}) > 1:
         values = [value.cpu() for value in values]

@@ -177,8 +177,9 @@ class Monitor:
         on_error: Literal["warn", "raise"] = "warn",
         budget: float | None = None,
     ) -> None:
-        chosen = default_observables() if observables is None else tuple(observables)
-        _check_arguments(model, chosen, loss_reduction, probe_size, prefix, on_error, budget)
+        chosen = default_observables() if observables is None else observables
+        check_settings(chosen, loss_reduction, probe_size, prefix, on_error, budget)
+        _check_run(model, optimizer, recorders, forward, dataset_size)
         self.model = model
         self.optimizer = optimizer
         self.step = 0
@@ -204,6 +205,7 @@ class Monitor:
         self._own_seconds = 0.0
         self._step_began: float | None = None
         self._probe: Probe | None = None if probe is None else self._given_probe(probe)
+        self._probe_is_given = probe is not None
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     # -- the four moments --------------------------------------------------------------------------
@@ -687,7 +689,12 @@ class Monitor:
         self.step = state["step"]
         self._run.updates = state["updates"]
         self._run.micro_batches_before = state["micro_batches"]
-        if state["probe"] is not None:
+        if state["probe"] is not None and self._probe_is_given:
+            self._warn(
+                "the probe given to Monitor is used, not the one in the checkpoint: kernels before "
+                "and after cannot be compared unless they are the same."
+            )
+        elif state["probe"] is not None:
             device = next(self.model.parameters()).device
             moved = pytree.tree_map(
                 lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, state["probe"]
@@ -705,19 +712,65 @@ class Monitor:
             self._warn(f"the checkpoint also holds {sorted(saved)}, which this monitor does not measure.")
 
 
-def _check_arguments(
-    model: nn.Module,
-    observables: Sequence[Observable],
-    loss_reduction: str,
-    probe_size: int,
-    prefix: str,
-    on_error: str,
-    budget: float | None,
-) -> None:
+def _check_run(model: Any, optimizer: Any, recorders: Any, forward: Any, dataset_size: Any) -> None:
+    """Refuse what the settings are to be used on."""
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(
+            "Monitor takes a module and its optimizer",
+            got=f"{type(model).__name__} and {type(optimizer).__name__}",
+            fix="Write Monitor(model, optimizer).",
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
             f"{type(model).__name__} has no trainable parameter",
             fix="Call model.requires_grad_(True) on the part that is trained.",
+        )
+    if not isinstance(recorders, Sequence) or not all(callable(recorder) for recorder in recorders):
+        raise InputError(
+            "recorders must be a list of callables (step, readings) -> None",
+            got=repr(recorders),
+            fix='Write recorders=[TensorBoardRecorder("runs/a")].',
+        )
+    if forward is not None and not callable(forward):
+        raise InputError(
+            "forward must be a callable (model, x) -> outputs [N, O]",
+            got=repr(forward),
+            fix="Write forward=lambda model, x: model(x).",
+        )
+    if dataset_size is not None and (not isinstance(dataset_size, int) or dataset_size < 1):
+        raise InputError(
+            "dataset_size must be a whole number of examples, at least 1",
+            got=repr(dataset_size),
+            fix="Write dataset_size=len(dataset).",
+        )
+
+
+def check_settings(
+    observables: Any,
+    loss_reduction: str = "mean",
+    probe_size: int = 32,
+    prefix: str = "dynamics",
+    on_error: str = "warn",
+    budget: float | None = None,
+) -> None:
+    """Refuse settings that no run can use.
+
+    Args:
+        observables: As for :class:`Monitor`.
+        loss_reduction: As for :class:`Monitor`.
+        probe_size: As for :class:`Monitor`.
+        prefix: As for :class:`Monitor`.
+        on_error: As for :class:`Monitor`.
+        budget: As for :class:`Monitor`.
+
+    Raises:
+        InputError: With what to write instead.
+    """
+    if isinstance(observables, Observable) or not isinstance(observables, Sequence):
+        raise InputError(
+            "observables must be a list of Observable values",
+            got=repr(observables),
+            fix="Write observables=[NeuralTangentKernel(), GradientNoiseScale()].",
         )
     for observable in observables:
         if not isinstance(observable, Observable):
@@ -736,9 +789,9 @@ def _check_arguments(
         )
     if loss_reduction not in ("mean", "sum"):
         raise InputError("unknown loss_reduction", got=repr(loss_reduction), fix='Write "mean" or "sum".')
-    if probe_size < 1:
-        raise InputError("probe_size must be at least 1", got=probe_size, fix="Write probe_size=32.")
-    if not prefix or "/" in prefix:
+    if not isinstance(probe_size, int) or probe_size < 1:
+        raise InputError("probe_size must be at least 1", got=repr(probe_size), fix="Write probe_size=32.")
+    if not isinstance(prefix, str) or not prefix or "/" in prefix:
         raise InputError(
             "prefix must be one word without a slash",
             got=repr(prefix),
@@ -746,8 +799,8 @@ def _check_arguments(
         )
     if on_error not in ("warn", "raise"):
         raise InputError("unknown on_error", got=repr(on_error), fix='Write "warn" or "raise".')
-    if budget is not None and not 0 < budget < 1:
-        raise InputError("budget is a share between 0 and 1", got=budget, fix="Write budget=0.05.")
+    if budget is not None and (not isinstance(budget, (int, float)) or not 0 < budget < 1):
+        raise InputError("budget is a share between 0 and 1", got=repr(budget), fix="Write budget=0.05.")
 
 
 def _as_rows(value: Any) -> Tensor:

@@ -6,6 +6,7 @@ may never start. The session bridges that; a callback only translates hooks into
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from .collect import dataset_size_of, loss_scales, selected_forward
 from .errors import MeasurementWarning
-from .monitor import Monitor
+from .monitor import Monitor, check_settings
 from .recorders import Recorder
 from .records import scalars
 
@@ -29,6 +30,9 @@ class Session:
         target_key: Key of the targets where batches are mappings.
         output_key: Key of the logits where the network returns a mapping or an object.
         arguments: Further arguments of :class:`Monitor`.
+
+    Raises:
+        InputError: If an argument cannot be used.
 
     Example:
         >>> session = Session(probe_size=4, observables=[])
@@ -47,6 +51,8 @@ class Session:
         output_key: str | None = None,
         **arguments: Any,
     ) -> None:
+        settings = {name: value for name, value in arguments.items() if value is not None}
+        check_settings(settings.pop("observables", ()), **settings)
         self.arguments = arguments
         self.monitor: Monitor | None = None
         self._model, self._output_key = model, output_key
@@ -74,8 +80,10 @@ class Session:
             message = f"one optimizer can be measured, got {len(optimizers)}: the monitor is off."
             warnings.warn(message, MeasurementWarning, stacklevel=2)
             return
-        if self.monitor is not None and not self._saved:
-            self._saved = self.state_dict()
+        if self.monitor is not None:
+            self.monitor.close()
+            if self.monitor.model is module and not self._saved:
+                self._saved = self.state_dict()
         self.monitor = Monitor(
             module,
             optimizers[0],
@@ -127,8 +135,9 @@ class Session:
         self._batches = 0
 
     def new_numbers(self) -> dict[str, float]:
-        """Numbers recorded since the last call, by log key."""
-        return {} if self.monitor is None else scalars(self.monitor.take_new())
+        """Finite numbers recorded since the last call, by log key."""
+        new = {} if self.monitor is None else scalars(self.monitor.take_new())
+        return {key: value for key, value in new.items() if math.isfinite(value)}
 
     def close(self) -> str:
         """Take everything off.

@@ -349,7 +349,10 @@ def test_readings_are_in_callback_metrics_and_chosen_ones_in_the_bar():
     run.fit(Plain(), loader())
     for key, reading in monitor.monitor.latest.items():
         if isinstance(reading.value, float) and "/cost/" not in key:
-            assert run.callback_metrics[key].item() == pytest.approx(reading.value, rel=1e-6, nan_ok=True)
+            if reading.is_finite:
+                assert run.callback_metrics[key].item() == pytest.approx(reading.value, rel=1e-6)
+            else:  # EarlyStopping takes nan for divergence and would end the run
+                assert key not in run.callback_metrics
     shown = {key for key in run.progress_bar_metrics if key.startswith("dynamics/")}
     assert shown == {"dynamics/jacobian/spectral_norm", "dynamics/ntk/drift"}
 
@@ -358,7 +361,38 @@ def test_the_bar_shows_two_readings_by_default():
     run = trainer(quiet())
     run.fit(Plain(), loader())
     shown = {key for key in run.progress_bar_metrics if key.startswith("dynamics/")}
-    assert shown == {"dynamics/noise/scale", "dynamics/fdr/ratio"}
+    latest = run.callbacks[0].monitor.latest
+    chosen = {"dynamics/noise/scale", "dynamics/fdr/ratio"}
+    assert shown == {key for key in chosen if latest[key].is_finite}
+    assert "dynamics/fdr/ratio" in shown
+
+
+def test_another_module_starts_afresh():
+    monitor = quiet([NeuralTangentKernel(schedule=4)])
+    for _ in range(2):
+        module = Plain()
+        torch.nn.init.normal_(next(module.parameters()))
+        first = trainer(monitor)
+        first.fit(module, loader())
+        assert monitor.monitor.state_dict()["observables"]["ntk"]["estimator"]["first"]["step"] == 0
+        assert not module._forward_hooks
+    assert monitor.monitor.model is module
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"budget": -1}, "budget is a share between 0 and 1, got -1"),
+        ({"probe_size": "a"}, "probe_size must be at least 1, got 'a'"),
+        ({"observables": ["ntk"]}, "observables must be Observable values, got 'ntk'"),
+        ({"observables": JacobianNorm()}, "observables must be a list of Observable values"),
+        ({"prefix": "a/b"}, "prefix must be one word without a slash"),
+        ({"loss_reduction": "avg"}, "unknown loss_reduction, got 'avg'"),
+    ],
+)
+def test_bad_settings_are_refused_by_the_constructor(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        DynamicsMonitor(**wrong)
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -1,5 +1,6 @@
 import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,7 +204,7 @@ def test_exact_statistics_of_the_probe():
     close(found["square"], squares.mean())
     close(found["spectral_norm"], torch.linalg.matrix_norm(j, 2).mean())
     assert found["norm_variance"] == found["square_variance"] == 0
-    readings = JacobianNorm().readings(found, None)
+    readings = JacobianNorm().readings(found, SimpleNamespace(samples=1.0))
     close(readings["frobenius_norm"].value, squares.sqrt().mean())
     close(readings["frobenius_rms"].value, squares.mean().sqrt())
     close(readings["spectral_norm"], torch.linalg.matrix_norm(j, 2).mean())
@@ -223,7 +224,7 @@ def test_reported_variances_are_those_of_the_means(k):
         return
     variance = norms.square().var() / EXAMPLES
     assert found["square_variance"].item() == pytest.approx(variance.item(), rel=0.1)
-    readings = JacobianNorm().readings(found, None)
+    readings = JacobianNorm().readings(found, SimpleNamespace(samples=1.0))
     expected = variance.sqrt() / (2 * norms.square().mean().sqrt())
     assert float(readings["frobenius_rms"].stderr) == pytest.approx(expected.item(), rel=0.05)
 

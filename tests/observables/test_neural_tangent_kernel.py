@@ -524,17 +524,24 @@ def test_many_outputs_are_projected_by_default():
     assert not torch.allclose(kernel, empirical_ntk(curved.model, draws(4, 3)))
 
 
+def targets_kept(model, forward, x, y):
+    snapshot = Snapshot(step=0, model=model.double(), forward=forward, groups=(), probe=Probe(x, y))
+    return NeuralTangentKernel().levels(snapshot)["targets"]
+
+
 def test_targets_of_a_sequence_are_those_of_its_last_position():
     y = torch.tensor([[9, 0], [8, 0], [7, 1], [6, 1]])
-    snapshot = Snapshot(
-        step=0,
-        model=nn.Linear(3, 2).double(),
-        forward=lambda model, x: model(x),
-        groups=(),
-        probe=Probe(draws(4, 3), y),
-    )
-    targets = NeuralTangentKernel().levels(snapshot)["targets"]
-    assert torch.equal(targets, target_kernel(torch.tensor([0, 0, 1, 1])))
+    tokens = torch.randint(5, (4, 2), generator=torch.Generator().manual_seed(0))
+    kept = targets_kept(nn.Embedding(5, 3), lambda model, x: model(x)[:, -1], tokens, y)
+    assert torch.equal(kept, target_kernel(torch.tensor([0, 0, 1, 1])))
+
+
+def test_targets_of_several_labels_are_kept_whole():
+    y = torch.tensor([[9, 0], [8, 0], [9, 0], [6, 1]])
+    kept = targets_kept(nn.Linear(3, 2), lambda model, x: model(x), draws(4, 3), y)
+    assert torch.equal(kept, target_kernel(y))
+    assert kept[0, 2] == 1
+    assert kept[0, 1] == 0
 
 
 def test_linear_model_does_not_drift_under_the_monitor():

@@ -85,8 +85,10 @@ def measuring(model: nn.Module) -> Iterator[None]:
     """Evaluate a model without changing it or anything around it.
 
     Inside: evaluation mode, gradients on, no autocast, attention in its plain form (the fused kernels
-    have no second derivative). Afterwards the mode of every submodule and the random state of torch,
-    numpy and python are as they were.
+    have no second derivative). Afterwards the mode of every submodule, every attribute that a forward may
+    have set on one, and the random state of torch, numpy and python are as they were. The mode is set
+    without calling ``eval()``, which some layers override to merge weights. What a forward changes in
+    place inside a list or dictionary of its own cannot be undone.
 
     Args:
         model: The module to be evaluated.
@@ -99,7 +101,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
         >>> net.training
         True
     """
-    modes = [(module, module.training) for module in model.modules()]
+    kept = [(module, module.training, _attributes(module)) for module in model.modules()]
     devices = {p.device for p in model.parameters()}
     python_state = random.getstate()
     numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is what must be kept
@@ -113,13 +115,33 @@ def measuring(model: nn.Module) -> Iterator[None]:
             if kind in ("cpu", "cuda", "xpu", "hpu"):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         try:
-            model.eval()
+            for module, _, _ in kept:
+                module.training = False
             yield
         finally:
-            for module, mode in modes:
+            for module, mode, attributes in kept:
+                _restore(module, attributes)
                 module.training = mode
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes, and copies of its three tables."""
+    return {**vars(module), **{name: dict(vars(module)[name]) for name in _TABLES}}
+
+
+def _restore(module: nn.Module, attributes: dict[str, Any]) -> None:
+    """Put attributes back; the tables stay the objects they are."""
+    tables = {name: vars(module)[name] for name in _TABLES}
+    for name, table in tables.items():
+        table.clear()
+        table.update(attributes[name])
+    vars(module).clear()
+    vars(module).update({**attributes, **tables})
 
 
 class _Call(nn.Module):
@@ -161,14 +183,14 @@ def pure_function(model: nn.Module, forward: Forward | None = None) -> tuple[Pur
     """
     wrapped = _Call(model, forward or call)
     names: dict[str, Tensor] = {}
-    constants: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
     for prefix, module in wrapped.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 names[f"{prefix}.{name}"] = parameter
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                constants[f"{prefix}.{name}"] = buffer.detach().clone()
+                buffers[f"{prefix}.{name}"] = buffer.detach()
     first_name: dict[int, str] = {}
     for name, parameter in names.items():
         first_name.setdefault(id(parameter), name)
@@ -178,12 +200,13 @@ def pure_function(model: nn.Module, forward: Forward | None = None) -> tuple[Pur
             f"{type(model).__name__} has no trainable parameter",
             fix="Call model.requires_grad_(True) on the part that is trained.",
         )
-    constants.update({name: p.detach() for name, p in names.items() if not p.requires_grad})
+    constants = {name: p.detach() for name, p in names.items() if not p.requires_grad}
     aliases = {name: first_name[id(p)] for name, p in names.items() if p.requires_grad}
 
     def function(parameters: Mapping[str, Tensor], x: Any) -> Tensor:
         values = {name: parameters[alias] for name, alias in aliases.items()}
-        return functional_call(wrapped, {**constants, **values}, (x,), tie_weights=False)
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        return functional_call(wrapped, {**constants, **copies, **values}, (x,), tie_weights=False)
 
     return function, trainable
 

@@ -7,6 +7,7 @@ parameter gradient is formed, and all hooks are removed again.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from time import perf_counter
 from typing import Any
 
@@ -49,6 +50,7 @@ class RideAlong:
         model: The module being trained.
         batch_size: Examples in the batch; a layer whose input does not begin with this many is left
             out by name.
+        parameters: Parameters to look at; all trainable ones when ``None``.
 
     Example:
         >>> net = nn.Linear(3, 1)
@@ -61,9 +63,17 @@ class RideAlong:
         (True, 2, {})
     """
 
-    def __init__(self, model: nn.Module, batch_size: int) -> None:
+    def __init__(
+        self, model: nn.Module, batch_size: int, parameters: Collection[Tensor] | None = None
+    ) -> None:
         self._batch = batch_size
-        self._names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        wanted = None if parameters is None else {id(p) for p in parameters}
+        self._names = {
+            id(p): name
+            for name, p in model.named_parameters()
+            if p.requires_grad and (wanted is None or id(p) in wanted)
+        }
+        self._without_gradients: set[nn.Module] = set()
         self._skipped = dict.fromkeys(self._names.values(), "its module has no rule, or was not called")
         self._calls: dict[nn.Module, int] = {}
         self._returned: dict[nn.Module, list[dict[str, Factor]]] = {}
@@ -108,17 +118,23 @@ class RideAlong:
             self._safely(see, module, args, kwargs, out)
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
-                return  # a checkpointed segment is run again in the backward pass: not a new call
+            if torch._C._current_graph_task_id() != -1:
+                # a checkpointed segment is run again in the backward pass: not a new call, but if its
+                # first run had no gradients either, its outputs were never hooked
+                if module in self._without_gradients:
+                    self._fatal = (
+                        f"module {path!r} ran without gradients: reentrant checkpointing hides its graph "
+                        "(use_reentrant=False shows it)"
+                    )
+                return
+            if torch.compiler.is_compiling():
+                return
             if self._backward_began:
                 if isinstance(out, Tensor) and out.requires_grad:
                     out.register_hook(lambda g: self._safely(self._again, path))
                 return
             if not torch.is_grad_enabled():
-                self._fatal = (
-                    f"module {path!r} ran without gradients: reentrant checkpointing hides its graph "
-                    "(use_reentrant=False shows it)"
-                )
+                self._without_gradients.add(module)
                 return
             a = args[0] if args else kwargs.get("input")
             if self._calls.get(module, 0) < 0 or not isinstance(out, Tensor) or not out.requires_grad:

@@ -227,6 +227,8 @@ class FluctuationDissipation(Observable):
         total = {"weight_norm_sq": now["weight_sq"].sum(-1), **_sides(window, slice(None))}
         if groups > 1:
             for g in range(groups):
+                if window is not None and not window.moves[g]:
+                    continue
                 own = _sides(window, slice(g, g + 1))
                 total.update({f"{name}/{g}": value for name, value in own.items()})
                 total[f"weight_norm_sq/{g}"] = now["weight_sq"][..., g]
@@ -240,10 +242,14 @@ class _Window(NamedTuple):
     path: Tensor
     steps: Tensor
     violation: Tensor | None
+    moves: Tensor
 
 
 def _window(now: Mapping[str, Tensor], reference: Reference) -> _Window | None:
-    """The relation over the estimator's window, each parameter group in its own form."""
+    """The relation over the estimator's window, each parameter group in its own form.
+
+    A group whose learning rate is 0 does not move and takes no part.
+    """
     path = reference.path
     if len(reference.path_steps) < 2 or "displacement_sq" not in now:
         return None
@@ -252,7 +258,8 @@ def _window(now: Mapping[str, Tensor], reference: Reference) -> _Window | None:
     mean_lr, mean_lr_sq = (now[name].reshape(-1, len(lr))[0] for name in ("lr", "lr_sq"))
     constant = mean_lr_sq - mean_lr.square() <= _LR_TOLERANCE * mean_lr.square()
     own = constant & (settings == settings[-1]).all(0).all(-1) & is_sgd.bool()
-    lr = torch.where(own, lr, mean_lr)
+    moves = mean_lr > 0
+    lr = torch.where(own, lr, mean_lr).where(moves, 1.0)
     momentum, dampening, nesterov = momentum * own, dampening * own, nesterov.bool() & own
     dot, weight_sq = path["weight_dot_velocity"], path["weight_sq"]
     relation = fluctuation_dissipation(
@@ -269,8 +276,10 @@ def _window(now: Mapping[str, Tensor], reference: Reference) -> _Window | None:
     violation = None
     if "weight_dot_gradient" in now:
         work = torch.where(own, now["weight_dot_gradient"], now["weight_dot_displacement"] / lr)
-        violation = work - relation.left
-    return _Window(relation, _level(weight_sq, dot, lr, momentum, dampening, nesterov), steps, violation)
+        violation = (work - relation.left) * moves
+    relation = Relation(relation.left * moves, relation.right * moves)
+    level = _level(weight_sq, dot, lr, momentum, dampening, nesterov) * moves
+    return _Window(relation, level, steps, violation, moves)
 
 
 def _sides(window: _Window | None, groups: slice) -> dict[str, Tensor | Estimate]:

@@ -135,6 +135,7 @@ def per_example_grad_norms(
     _check_reduction(loss_reduction)
     check_inputs(model, x)
     count = examples(x)
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     with measuring(model):
         tape = RideAlong(model, count)
         try:
@@ -149,6 +150,9 @@ def per_example_grad_norms(
             torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
         finally:
             tape.detach()
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
     sq_norms, _, skipped = tape.result()
     if skipped:
         name, reason = next(iter(skipped.items()))
@@ -281,12 +285,15 @@ class GradientNoiseScale(Observable):
         )
         scalars = {"batch_size": float(snapshot.batch_size), "parameters": float(chunks.parameters)}
         first = snapshot.groups[0]
-        if all(group.is_sgd for group in snapshot.groups):
-            scalars["lr_over_damping"] = first.lr / (1.0 - first.momentum)
+        alike = {(group.lr, group.momentum) for group in snapshot.groups} == {(first.lr, first.momentum)}
+        if alike and all(group.is_sgd for group in snapshot.groups):
+            # a summed loss makes every gradient, and so every step, B times that of the mean loss
+            lr = first.lr * (snapshot.batch_size if snapshot.loss_reduction == "sum" else 1)
+            scalars["lr_over_damping"] = lr / (1.0 - first.momentum)
             if snapshot.has("dataset_size"):
                 size = min(snapshot.batch_size, snapshot.dataset_size)
                 scalars["sgd_scale"] = sgd_noise_scale(
-                    first.lr, snapshot.dataset_size, size, first.momentum, replacement=False
+                    lr, snapshot.dataset_size, size, first.momentum, replacement=False
                 )
         numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()}
         return {**parts, **numbers}

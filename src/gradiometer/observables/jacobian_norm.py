@@ -281,11 +281,13 @@ class JacobianNorm(Observable):
 
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
         """Both means and the spectral norm."""
-        del reference
         mean, mean_sq = now["norm"], now["square"]
+        records = max(reference.samples, 1.0)
         return {
-            "frobenius_norm": Estimate(mean, now["norm_variance"].sqrt()),
-            "frobenius_rms": Estimate(mean_sq.sqrt(), (now["square_variance"] / mean_sq).sqrt() / 2),
+            "frobenius_norm": Estimate(mean, (now["norm_variance"] / records).sqrt()),
+            "frobenius_rms": Estimate(
+                mean_sq.sqrt(), (now["square_variance"] / records / mean_sq).sqrt() / 2
+            ),
             "spectral_norm": now["spectral_norm"],
         }
 
@@ -331,7 +333,8 @@ def _differentiable(model: nn.Module, x: Any, forward: Forward) -> tuple[Forward
     with torch.no_grad():
         handle = table.register_forward_hook(lambda module, args, out: seen.append(out))
         try:
-            forward(model, x)
+            function, parameters = pure_function(model, forward)
+            function(parameters, x)
         finally:
             handle.remove()
     if not seen:

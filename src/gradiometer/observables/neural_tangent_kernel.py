@@ -29,7 +29,7 @@ from ..estimators import Reference
 from ..linalg import random_orthonormal_rows
 from ..records import Quantity
 from ..schedules import Schedule
-from ..snapshot import Snapshot
+from ..snapshot import Probe, Snapshot
 from ..statistics import delete_block_jackknife
 from .base import Estimate, Numbers, Observable
 
@@ -180,7 +180,9 @@ def _contract(left: Mapping[str, Tensor], right: Mapping[str, Tensor], outputs: 
     """Sum over parameters, float64 across tensors."""
     total: Tensor | None = None
     for name in left:
-        term = torch.einsum(_EINSUM[outputs], left[name].flatten(2), right[name].flatten(2))
+        a, b = (side[name].flatten(2) for side in (left, right))
+        wide = torch.promote_types(a.dtype, torch.float32)
+        term = torch.einsum(_EINSUM[outputs], a.to(wide), b.to(wide))
         term = term if term.device.type == "mps" else term.double()
         total = term if total is None else total + term
     assert total is not None
@@ -477,7 +479,7 @@ class NeuralTangentKernel(Observable):
                 "can be mapped.",
             ) from error
         levels = {"kernel": kernel}
-        targets = _targets(probe.targets, kernel.shape[0])
+        targets = _targets(probe, kernel.shape[0])
         if targets is not None:
             levels["targets"] = target_kernel(targets)
         return levels
@@ -529,11 +531,13 @@ def _width(snapshot: Snapshot) -> int:
     return out.shape[1]
 
 
-def _targets(targets: Tensor | None, count: int) -> Tensor | None:
-    """The targets that belong to the outputs: of a sequence, the last position's."""
+def _targets(probe: Probe, count: int) -> Tensor | None:
+    """The targets that belong to the outputs: of a sequence of tokens, the last position's."""
+    targets, inputs = probe.targets, probe.inputs
     if targets is None or len(targets) != count:
         return None
-    return targets[:, -1] if targets.ndim == 2 and not targets.is_floating_point() else targets
+    tokens = isinstance(inputs, Tensor) and not inputs.is_floating_point()
+    return targets[:, -1] if tokens and targets.shape == inputs.shape and targets.ndim == 2 else targets
 
 
 def _over_examples(kernel: Tensor) -> Tensor:
