@@ -155,7 +155,7 @@ def run(kind, steps=12, state=None, first=0):
             optimizer.step()
             optimizer.zero_grad()
     assert vars(observable) == before
-    assert observable.estimator.is_empty
+    assert observable.estimator.state_dict()["now"] is None
     return memory, monitor
 
 

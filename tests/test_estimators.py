@@ -369,11 +369,11 @@ def test_pending_can_be_read_replaced_and_discarded():
 
 def test_an_estimator_is_empty_until_it_is_closed():
     estimator = Mean()
-    assert estimator.is_empty
+    assert estimator.state_dict()["now"] is None
     estimator.add({"x": number(1)})
-    assert estimator.is_empty
+    assert estimator.state_dict()["now"] is None
     estimator.close(0)
-    assert not estimator.is_empty
+    assert estimator.state_dict()["now"] is not None
 
 
 def test_samples_are_taken_off_the_graph():

@@ -45,9 +45,5 @@ class MeasurementWarning(GradiometerWarning):
     """A measurement failed or was left out; training is not affected."""
 
 
-class NumericalWarning(GradiometerWarning):
-    """A number is less certain than it looks."""
-
-
 class CostWarning(GradiometerWarning):
     """Measuring costs more than was asked for."""

@@ -231,11 +231,6 @@ class Estimator(ABC):
 
     # -- reading -----------------------------------------------------------------------------------
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was ever recorded."""
-        return self._state.now is None
-
     def averages(self) -> dict[str, Tensor]:
         """Weighted means over the window, and the levels of now."""
         rows, _ = self.replicates()
@@ -437,7 +432,7 @@ class HalfRun(Estimator):
     """Averages over the second half of the run so far (Yaida's half-running average).
 
     Source:
-        Yaida 2018, arXiv:1810.00004, section 3.1: the first half is dropped as transient.
+        Yaida 2018, arXiv:1810.00004: the first half is dropped as transient.
 
     Example:
         >>> half = HalfRun()

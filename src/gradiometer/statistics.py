@@ -31,7 +31,7 @@ def delete_block_jackknife(full: Tensor, left_out: Tensor, weights: Tensor) -> T
 
     Source:
         Busing, Meijer, van der Leeden 1999, Delete-m jackknife for unequal m, Statistics and
-        Computing 9:3-8, equations 3 and 4.
+        Computing 9:3-8.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)

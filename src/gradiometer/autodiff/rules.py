@@ -7,7 +7,7 @@ per example can be had without ever summing over the batch:
 * ``Rows``: the gradient adds ``g[b, t]`` to row ``index[b, t]`` (Embedding);
 * ``Plain``: the gradient itself.
 
-Source of the Linear and norm-layer forms: Gray et al. 2024, arXiv:2411.00999, section 3; Goodfellow
+Source of the Linear and norm-layer forms: Gray et al. 2024, arXiv:2411.00999; Goodfellow
 2015, arXiv:1510.01799 for the case without a sequence axis.
 """
 

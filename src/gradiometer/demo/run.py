@@ -57,7 +57,6 @@ def run_demo(
     """
     if model not in STEPS:
         raise InputError("unknown demo model", got=repr(model), fix=f"Write one of {sorted(STEPS)}.")
-    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # inside Lightning
     L.seed_everything(0, verbose=False)
     network: L.LightningModule
     if model == "convnet":
@@ -82,7 +81,9 @@ def run_demo(
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    trainer.fit(network, *loaders)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # inside Lightning
+        trainer.fit(network, *loaders)
     print(f"\nThe curves are in {logger.log_dir}. Look at them with:\n")
     print(f"    tensorboard --logdir {log_dir}      (in a checkout: make dashboard)\n")
     return Path(logger.log_dir)

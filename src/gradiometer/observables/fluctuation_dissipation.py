@@ -83,8 +83,8 @@ def fluctuation_dissipation(
         InputError: A window without steps, or Nesterov with dampening.
 
     Source:
-        Yaida 2018, arXiv:1810.00004, equations 19 and (FDR1'); the end-point form and the Nesterov
-        form are derived here, by summing ``theta_t . g_t`` by parts, and tested to rounding.
+        Yaida 2018, arXiv:1810.00004, the relation FDR1 and its form with momentum; the end-point form and
+        the Nesterov form are derived here, by summing ``theta_t . g_t`` by parts, and tested to rounding.
 
     Example:
         >>> one = torch.tensor(1.0)      # a step of length 1 that leaves |theta|^2 as it was

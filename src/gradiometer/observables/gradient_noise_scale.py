@@ -59,7 +59,7 @@ def gradient_noise_scale(
         InputError: Fewer than two parts, an empty part, or an unknown reduction.
 
     Source:
-        McCandlish et al. 2018, arXiv:1812.06162, appendix A.1, equations A.2 and A.3; the weights for
+        McCandlish et al. 2018, arXiv:1812.06162, appendix A; the weights for
         unequal parts are ours.
 
     Example:
@@ -124,7 +124,7 @@ def per_example_grad_norms(
         UnsupportedError: If a parameter is not reached by a layer with a rule.
 
     Source:
-        Goodfellow 2015, arXiv:1510.01799; Gray et al. 2024, arXiv:2411.00999, section 3.
+        Goodfellow 2015, arXiv:1510.01799; Gray et al. 2024, arXiv:2411.00999.
 
     Example:
         >>> net = nn.Linear(1, 1, bias=False)
@@ -202,8 +202,8 @@ def sgd_noise_scale(
         InputError: Sizes below 1, a batch larger than the data set, or momentum outside [0, 1).
 
     Source:
-        Smith & Le 2017, arXiv:1710.06451, equation 13; momentum from Smith et al. 2017,
-        arXiv:1711.00489, equation 3.
+        Smith & Le 2017, arXiv:1710.06451; momentum from Smith et al. 2017,
+        arXiv:1711.00489.
 
     Example:
         >>> sgd_noise_scale(0.1, dataset_size=1000, batch_size=10)

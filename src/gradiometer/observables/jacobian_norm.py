@@ -113,7 +113,7 @@ def jacobian_norms(
             trainable parameter; projections outside 1..O.
 
     Source:
-        Hoffman, Roberts, Yaida 2019, arXiv:1908.02729, equation 9; orthonormal directions are ours.
+        Hoffman, Roberts, Yaida 2019, arXiv:1908.02729; orthonormal directions are ours.
 
     Example:
         >>> net = nn.Linear(3, 2, bias=False)
@@ -153,7 +153,7 @@ def jacobian_singular_values(
         InputError: As :func:`jacobian_norms`, or ``k`` outside 1..min(O, D).
 
     Source:
-        Pennington, Schoenholz, Ganguli 2017, arXiv:1711.04735, section 2.
+        Pennington, Schoenholz, Ganguli 2017, arXiv:1711.04735.
 
     Example:
         >>> net = nn.Linear(3, 2, bias=False)

@@ -89,8 +89,8 @@ def empirical_ntk(
             outputs that are not ``[N, O]``, or projections asked for another mode than ``"trace"``.
 
     Source:
-        Jacot et al. 2018, arXiv:1806.07572, equation 4; Jacobian contraction as in Novak et al. 2022,
-        arXiv:2206.08720, section 3.1.
+        Jacot et al. 2018, arXiv:1806.07572; Jacobian contraction as in Novak et al. 2022,
+        arXiv:2206.08720.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
@@ -214,7 +214,7 @@ def kernel_distance(k1: Tensor, k2: Tensor) -> Tensor:
         InputError: If the shapes differ.
 
     Source:
-        Fort et al. 2020, arXiv:2010.15110, section 3.
+        Fort et al. 2020, arXiv:2010.15110.
 
     Example:
         >>> kernel_distance(torch.eye(2), 4 * torch.eye(2))
@@ -280,7 +280,7 @@ def relative_drift(k: Tensor, k0: Tensor) -> Tensor:
         InputError: If the shapes differ.
 
     Source:
-        Lee et al. 2019, arXiv:1902.06720, section 3.1.
+        Lee et al. 2019, arXiv:1902.06720.
 
     Example:
         >>> relative_drift(2 * torch.eye(2), torch.eye(2))
@@ -313,7 +313,7 @@ def kernel_alignment(k: Tensor, y: Tensor) -> Tensor:
         InputError: If the shapes do not fit.
 
     Source:
-        Cortes, Mohri, Rostamizadeh 2012, JMLR 13:795-828, definition 4.
+        Cortes, Mohri, Rostamizadeh 2012, JMLR 13:795-828.
 
     Example:
         >>> y = torch.tensor([0, 0, 1, 1])
