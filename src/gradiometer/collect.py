@@ -20,7 +20,7 @@ from torch.utils.data import SubsetRandomSampler
 from . import parallel
 from ._types import Forward
 from .autodiff.functional import matrix_forward
-from .autodiff.tape import RideAlong, refusal
+from .autodiff.ride_along import RideAlong, refusal
 from .errors import InputError, SampleSkippedError, UnsupportedError
 from .linalg import accumulation_dtype, inner_products, squared_norms
 from .snapshot import Chunks, GroupSettings, Update, Weights, Work

@@ -7,6 +7,7 @@ all parameters costs as much as half a small training step, and is not needed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,6 +66,36 @@ def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         common = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         products.append(torch.dot(a.reshape(-1).to(common), b.reshape(-1).to(common)).to(dtype))
     return torch.stack(products)
+
+
+def gram_matrix(left: Tensor, right: Tensor, *, same: bool = False) -> Tensor:
+    """``left right^T``; of a matrix with itself only the upper triangle is computed, in four blocks.
+
+    Args:
+        left: Row vectors.
+        right: Row vectors of the same length.
+        same: Whether right is left.
+
+    Returns:
+        Their inner products.
+
+    Shapes:
+        left ``[..., n, p]``, right ``[..., m, p]`` -> ``[..., n, m]``.
+
+    Example:
+        >>> gram_matrix(torch.eye(2), torch.ones(1, 2))
+        tensor([[1.],
+                [1.]])
+    """
+    rows = left.shape[-2]
+    if not same or rows < 256:
+        return left @ right.mT
+    product = left.new_empty(*left.shape[:-1], rows)
+    edges = [i * rows // 4 for i in range(5)]
+    for begin, end in pairwise(edges):
+        product[..., begin:end, begin:] = left[..., begin:end, :] @ left[..., begin:, :].mT
+        product[..., end:, begin:end] = product[..., begin:end, end:].mT
+    return product
 
 
 def random_orthonormal_rows(

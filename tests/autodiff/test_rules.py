@@ -6,9 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gradiometer.autodiff import rules
-from gradiometer.autodiff.rules import RULES, Outer, Plain, Rows
-from gradiometer.autodiff.tape import RideAlong
+from gradiometer.autodiff.ride_along import RideAlong
+from gradiometer.autodiff.rules import RULES
 
 BATCH = 3
 
@@ -82,6 +81,19 @@ CASES = {
     "conv1d, same and dilated": (lambda: nn.Conv1d(2, 3, 4, padding="same", dilation=3), (2, 7)),
     "conv1d, depthwise": (lambda: nn.Conv1d(4, 8, 3, groups=4), (4, 6)),
     "conv1d, one position": (lambda: nn.Conv1d(2, 4, 5), (2, 5)),
+    "transposed conv1d": (lambda: nn.ConvTranspose1d(2, 4, 3), (2, 6)),
+    "transposed conv1d, one position": (lambda: nn.ConvTranspose1d(2, 4, 5), (2, 1)),
+    "transposed conv2d, uneven everything": (
+        lambda: nn.ConvTranspose2d(
+            4, 6, (3, 2), stride=(2, 3), padding=(1, 0), output_padding=(1, 2), groups=2, dilation=(1, 2)
+        ),
+        (4, 3, 4),
+    ),
+    "transposed conv2d, output padding above the stride": (
+        lambda: nn.ConvTranspose2d(2, 3, 2, stride=1, dilation=3, output_padding=2, bias=False),
+        (2, 3, 3),
+    ),
+    "transposed conv3d": (lambda: nn.ConvTranspose3d(2, 3, 2, stride=2, padding=1), (2, 2, 3, 2)),
     "conv2d": (lambda: nn.Conv2d(2, 4, 3, padding=1), (2, 5, 4)),
     "conv2d, uneven everything": (
         lambda: nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 2)),
@@ -155,53 +167,6 @@ def test_every_rule_is_tested():
     tested = {type(make()) for make, _ in CASES.values()}
     tested |= {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Embedding}
     assert tested == set(RULES)
-
-
-# -- factors ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("positions", [1, 2, 40])
-@pytest.mark.parametrize("limit", [2**24, 8])
-def test_outer_in_closed_form(positions, limit, monkeypatch):
-    """Both contractions, in one piece and example by example."""
-    monkeypatch.setattr(rules, "_MAX_ELEMENTS", limit)
-    a, g = draws(4, 2, positions, 7), draws(4, 2, positions, 5, seed=1)
-    expected = torch.einsum("bgti,bgto->bgio", a, g).square().sum((1, 2, 3))
-    torch.testing.assert_close(Outer(a, g).sq_norms(), expected, rtol=1e-12, atol=0)
-    first = Outer(a[:, :, :1], g[:, :, :1])
-    if positions > 1:
-        joined = first.join(Outer(a[:, :, 1:], g[:, :, 1:])).sq_norms()
-        torch.testing.assert_close(joined, expected, rtol=1e-12, atol=0)
-
-
-def test_the_two_contractions_are_both_taken():
-    # t (i + o) < i o decides for the Gram form
-    for make, shape in (CASES["linear, gram branch"], CASES["conv2d, gram branch"]):
-        module = make()
-        inputs, outputs = module.weight[0].numel(), module.weight.shape[0]
-        positions = module(torch.zeros(1, *shape)).numel() // outputs
-        assert positions > 1
-        assert positions * (inputs + outputs) < inputs * outputs
-    for make, shape in (CASES["linear, outer branch"], CASES["conv2d"]):
-        module = make()
-        inputs, outputs = module.weight[0].numel(), module.weight.shape[0]
-        positions = module(torch.zeros(1, *shape)).numel() // outputs
-        assert positions * (inputs + outputs) >= inputs * outputs
-
-
-def test_rows_in_closed_form():
-    index = torch.tensor([[0, 2, 0], [1, 1, 1], [2, 0, 1]])
-    g = draws(3, 3, 4)
-    dense = torch.stack([torch.zeros(3, 4).double().index_add_(0, index[b], g[b]) for b in range(3)])
-    torch.testing.assert_close(Rows(index, g).sq_norms(), dense.square().sum((1, 2)), rtol=1e-12, atol=0)
-    parts = Rows(index[:, :1], g[:, :1]).join(Rows(index[:, 1:], g[:, 1:]))
-    torch.testing.assert_close(parts.sq_norms(), dense.square().sum((1, 2)), rtol=1e-12, atol=0)
-
-
-def test_plain_in_closed_form():
-    a, b = draws(3, 2, 4), draws(3, 2, 4, seed=1)
-    expected = (a + b).square().sum((1, 2))
-    torch.testing.assert_close(Plain(a).join(Plain(b)).sq_norms(), expected, rtol=1e-14, atol=0)
 
 
 # -- random stacks ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gradiometer import MemoryRecorder, Monitor
 from gradiometer.errors import InputError, SampleSkippedError, UnsupportedError
@@ -198,7 +199,7 @@ def test_per_example_norms_against_a_loop(reduction):
     x, y = torch.randn(6, 2, 5).double(), torch.randint(4, (6,))
     loss_fn = nn.CrossEntropyLoss(reduction=reduction)
     modes = [module.training for module in model.modules()]
-    norms = per_example_grad_norms(model, loss_fn, x, y, loss_reduction=reduction)
+    norms = per_example_grad_norms(model, loss_fn, x, y)
     assert modes == [module.training for module in model.modules()]
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -374,24 +375,45 @@ def test_unknown_reductions_are_refused():
     message = r"unknown loss_reduction, got 'none'. Write \"mean\" or \"sum\""
     with pytest.raises(InputError, match=message):
         gradient_noise_scale(torch.ones(2), torch.ones(2), torch.ones(()), loss_reduction="none")
-    with pytest.raises(InputError, match=message):
-        per_example_grad_norms(
-            nn.Linear(1, 1), F.mse_loss, torch.ones(2, 1), torch.ones(2), loss_reduction="none"
-        )
 
 
 def test_a_loss_that_is_no_number_is_refused():
     model = nn.Linear(3, 2)
-    loss_fn = nn.CrossEntropyLoss(reduction="none")
-    with pytest.raises(InputError, match=r"must return one number for the whole batch, got shape \[4\]"):
-        per_example_grad_norms(model, loss_fn, torch.ones(4, 3), torch.zeros(4, dtype=torch.int64))
+    loss_fn = nn.MSELoss(reduction="none")
+    with pytest.raises(InputError, match=r"must return one number, got shape \[1, 2\]"):
+        per_example_grad_norms(model, loss_fn, torch.ones(4, 3), torch.zeros(4, 2))
     assert not model._forward_hooks
 
 
+def test_per_example_norms_reach_parameters_without_a_rule():
+    """PReLU has none, a penalty's second use of a weight is not a layer, a head may be tied by hand."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.act, self.mix = nn.Embedding(5, 3), nn.PReLU(), nn.Linear(3, 3)
+
+        def forward(self, ids):
+            hidden = self.act(self.mix(self.table(ids).mean(1)))
+            return F.linear(hidden, self.table.weight) + self.mix.weight.square().sum()
+
+    model = Net().double()
+    x, y = torch.randint(5, (4, 6)), torch.tensor([0, 1, 1, 0])
+    norms = per_example_grad_norms(model, F.cross_entropy, x, y)
+    torch.testing.assert_close(norms, loop_norms(model, F.cross_entropy, x, y), rtol=1e-10, atol=0)
+
+
 def test_per_example_norms_name_the_parameter_they_miss():
-    model = nn.Sequential(nn.Linear(2, 2), nn.PReLU())
-    with pytest.raises(UnsupportedError, match=r"miss 1 of the parameters, first '1.weight': its module has"):
-        per_example_grad_norms(model, lambda out, y: out.mean(), torch.ones(3, 2), torch.zeros(3))
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.head(checkpoint(self.inner, x.requires_grad_(), use_reentrant=True))
+
+    with pytest.raises(UnsupportedError, match=r"miss 2 of the parameters, first 'inner.bias': its gradient"):
+        per_example_grad_norms(Net(), lambda out, y: out.mean(), torch.ones(3, 2), torch.zeros(3))
 
 
 def test_per_example_norms_refuse_unusable_inputs():

@@ -19,6 +19,9 @@ from gradiometer.observables import (
 from gradiometer.observables.neural_tangent_kernel import effective_rank, target_kernel
 from gradiometer.snapshot import Probe, Snapshot
 
+# most models here stand in train mode on purpose
+pytestmark = pytest.mark.filterwarnings("ignore:the model is in train mode")
+
 
 def draws(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -209,7 +212,7 @@ def test_kernel_between_two_sets(name, outputs):
 @pytest.mark.parametrize("outputs", ["trace", "diagonal", "full"])
 @pytest.mark.parametrize(
     "arguments",
-    [*({"chunk_size": n} for n in (1, 2, 3, 4, 5, 6)), {"max_memory": 1}, {"max_memory": 3000}],
+    [*({"chunk_size": n} for n in (1, 2, 3, 4, 5, 6)), {"max_memory": 6000}, {"max_memory": 20000}],
     ids=str,
 )
 def test_chunks_change_nothing(arguments, outputs):
@@ -270,7 +273,7 @@ def test_projections_with_chunks_and_little_memory():
     model, x = build("mlp")
     kernels = [
         empirical_ntk(model, x, num_projections=2, generator=torch.Generator().manual_seed(1), **arguments)
-        for arguments in ({}, {"chunk_size": 2}, {"max_memory": 1})
+        for arguments in ({}, {"chunk_size": 2}, {"max_memory": 6000})
     ]
     close(kernels[1], kernels[0])
     close(kernels[2], kernels[0])
@@ -638,7 +641,7 @@ def test_alignment_needs_a_kernel_over_the_examples_of_the_targets(k, y):
         kernel_alignment(k, y)
 
 
-def test_a_model_that_cannot_be_mapped_is_refused_by_the_observable():
+def test_a_model_whose_branch_depends_on_the_batch_is_refused():
     class Branching(nn.Module):
         def __init__(self):
             super().__init__()
@@ -647,12 +650,6 @@ def test_a_model_that_cannot_be_mapped_is_refused_by_the_observable():
         def forward(self, x):
             return self.layer(x) * (1 if x.sum().item() > 0 else 2)
 
-    snapshot = Snapshot(
-        step=0,
-        model=Branching(),
-        forward=lambda model, x: model(x),
-        groups=(),
-        probe=Probe(torch.ones(2, 2)),
-    )
-    with pytest.raises(UnsupportedError, match=r"torch.func to map this model over examples, and it cannot"):
-        NeuralTangentKernel().levels(snapshot)
+    x = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-9.0, -9.0]])
+    with pytest.raises(UnsupportedError, match=r"change with the others in the batch"):
+        empirical_ntk(Branching(), x)

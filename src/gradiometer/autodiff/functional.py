@@ -102,6 +102,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
         True
     """
     kept = [(module, module.training, _attributes(module)) for module in model.modules()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters()}
     python_state = random.getstate()
     numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is what must be kept
@@ -119,6 +120,10 @@ def measuring(model: nn.Module) -> Iterator[None]:
                 module.training = False
             yield
         finally:
+            with torch.no_grad():
+                for buffer, version, before in buffers:
+                    if buffer._version != version:
+                        buffer.copy_(before)
             for module, mode, attributes in kept:
                 _restore(module, attributes)
                 module.training = mode

@@ -1,129 +1,81 @@
-"""How a layer turns its input ``a`` and the cotangent ``g`` of its output into per-example gradients.
+"""How a layer turns its input ``a`` and the cotangents ``g`` of its output into per-example gradients.
 
-One function per module type. A rule returns, for each of its parameters, a factor whose squared norm
-per example can be had without ever summing over the batch:
-
-* ``Outer``: the gradient of example ``b`` is ``sum_t a[b, :, t] g[b, :, t]^T`` (Linear, convolution);
-* ``Rows``: the gradient adds ``g[b, t]`` to row ``index[b, t]`` (Embedding);
-* ``Plain``: the gradient itself.
-
-Source of the Linear and norm-layer forms: Gray et al. 2024, arXiv:2411.00999; Goodfellow
-2015, arXiv:1510.01799 for the case without a sequence axis.
+One function per module type, from ``a [N, ...]`` and ``g [K, N, ...]`` to one factor per parameter (see
+:mod:`.factors`). Source of the Linear and norm-layer forms: Gray et al. 2024, arXiv:2411.00999;
+Goodfellow 2015, arXiv:1510.01799 for the case without a sequence axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-_MAX_ELEMENTS = 2**24
+from .factors import Factor, Outer, Plain, Rows
 
-
-@dataclass(frozen=True)
-class Outer:
-    """Sum over positions of outer products, ``a [B, G, T, i]`` and ``g [B, G, T, o]``."""
-
-    a: Tensor
-    g: Tensor
-
-    def join(self, other: Outer) -> Outer:
-        """The same layer called again: more positions."""
-        return Outer(torch.cat([self.a, other.a], 2), torch.cat([self.g, other.g], 2))
-
-    def sq_norms(self) -> Tensor:
-        """Squared Frobenius norm per example, ``[B]``, by the cheaper of two exact forms."""
-        batch, groups, positions, inputs = self.a.shape
-        outputs = self.g.shape[-1]
-        if positions == 1:
-            return (self.a.square().sum(-1) * self.g.square().sum(-1)).sum((1, 2))
-        gram = positions * (inputs + outputs) < inputs * outputs
-        per_example = groups * (positions**2 if gram else inputs * outputs)
-        size = max(1, _MAX_ELEMENTS // per_example)
-        parts = []
-        for i in range(0, batch, size):
-            a, g = self.a[i : i + size], self.g[i : i + size]
-            parts.append(
-                ((a @ a.mT) * (g @ g.mT)).sum((1, 2, 3)) if gram else (a.mT @ g).square().sum((1, 2, 3))
-            )
-        return torch.cat(parts)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Sum over positions of ``g [B, T, d]`` into the rows ``index [B, T]``."""
-
-    index: Tensor
-    g: Tensor
-
-    def join(self, other: Rows) -> Rows:
-        """The same table used again: more positions."""
-        return Rows(torch.cat([self.index, other.index], 1), torch.cat([self.g, other.g], 1))
-
-    def sq_norms(self) -> Tensor:
-        """Squared norm per example, ``[B]``: equal rows of one example are added first."""
-        batch, positions, width = self.g.shape
-        rows = int(self.index.max()) + 1
-        example = torch.arange(batch, device=self.index.device)[:, None].expand(batch, positions)
-        touched, where = (example * rows + self.index).unique(return_inverse=True)
-        sums = self.g.new_zeros(len(touched), width)
-        sums.index_add_(0, where.reshape(-1), self.g.reshape(-1, width))
-        return self.g.new_zeros(batch).index_add_(0, touched // rows, sums.square().sum(-1))
-
-
-@dataclass(frozen=True)
-class Plain:
-    """The per-example gradient itself, ``[B, ...]``."""
-
-    gradient: Tensor
-
-    def join(self, other: Plain) -> Plain:
-        """The same parameter used again."""
-        return Plain(self.gradient + other.gradient)
-
-    def sq_norms(self) -> Tensor:
-        """Squared norm per example, ``[B]``."""
-        return self.gradient.flatten(1).square().sum(1)
-
-
-Factor = Outer | Rows | Plain
 LayerRule = Callable[[nn.Module, Tensor, Tensor], dict[str, Factor]]
 
 
 def linear(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
-    """``nn.Linear`` with any number of position axes: a ``[B, ..., i]``, g ``[B, ..., o]``."""
+    """``nn.Linear`` with any number of position axes: a ``[N, ..., i]``, g ``[K, N, ..., o]``."""
     del module
-    batch = len(a)
-    rows, cotangents = a.reshape(batch, 1, -1, a.shape[-1]), g.reshape(batch, 1, -1, g.shape[-1])
-    return {"weight": Outer(rows, cotangents), "bias": Plain(cotangents.sum((1, 2)))}
+    outputs, batch = g.shape[:2]
+    rows = a.reshape(batch, 1, -1, a.shape[-1])
+    cotangents = g.reshape(outputs, batch, 1, -1, g.shape[-1])
+    return {"weight": Outer(rows, cotangents), "bias": _bias(cotangents)}
+
+
+def _bias(g: Tensor) -> Outer:
+    """A bias is the weight of a constant input."""
+    return Outer(g.new_ones(()).expand(*g.shape[1:4], 1), g)
 
 
 def convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
     """``nn.Conv1d/2d/3d``: patches of the padded input are the rows of a Linear, group by group."""
     conv = cast("nn.Conv2d", module)
-    batch, spatial = len(a), a.ndim - 2
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    patches = functional.pad(a, conv._reversed_padding_repeated_twice, mode=mode)
-    for axis in range(spatial):
-        kernel, dilation = conv.kernel_size[axis], conv.dilation[axis]
-        patches = patches.unfold(2 + axis, dilation * (kernel - 1) + 1, conv.stride[axis])
-        patches = patches[..., ::dilation]
-    # [B, C, out..., kernel...] -> [B, groups, positions, C / groups * kernel]
-    patches = patches.reshape(batch, conv.groups, -1, g[0, 0].numel(), _product(conv.kernel_size))
-    patches = patches.transpose(2, 3).flatten(3)
-    cotangents = g.reshape(batch, conv.groups, -1, g[0, 0].numel()).transpose(2, 3)
-    return {"weight": Outer(patches, cotangents), "bias": Plain(g.flatten(2).sum(2))}
+    padded = functional.pad(a, conv._reversed_padding_repeated_twice, mode=mode)
+    patches = _patches(padded, conv, g.shape[3:])
+    cotangents = g.reshape(*g.shape[:2], conv.groups, -1, math.prod(g.shape[3:])).mT
+    return {"weight": Outer(patches, cotangents), "bias": _bias(cotangents)}
+
+
+def _patches(padded: Tensor, conv: nn.Conv2d, positions: Sequence[int]) -> Tensor:
+    """What the kernel sees at each position, ``[N, groups, positions, C / groups * kernel]``."""
+    patches = padded
+    for axis, count in enumerate(positions):
+        span = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+        patches = patches.unfold(2 + axis, span, conv.stride[axis])[..., :: conv.dilation[axis]]
+        patches = patches.narrow(2 + axis, 0, count)
+    shape = (len(padded), conv.groups, -1, math.prod(positions), math.prod(conv.kernel_size))
+    return patches.reshape(shape).transpose(2, 3).flatten(3)
+
+
+def transposed_convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
+    """``nn.ConvTranspose1d/2d/3d``: a convolution with input and cotangent in each other's place."""
+    conv = cast("nn.ConvTranspose2d", module)
+    batch, groups = len(a), conv.groups
+    # as padding in functional.pad: the last axis first, both sides
+    around = [size for size in reversed(cast("tuple[int, ...]", conv.padding)) for _ in range(2)]
+    padded = functional.pad(g.flatten(0, 1), around)
+    patches = _patches(padded, cast("nn.Conv2d", conv), a.shape[2:])
+    rows = a.reshape(batch, groups, -1, math.prod(a.shape[2:]))
+    gradient = rows @ patches.unflatten(0, (-1, batch))
+    cotangents = g.reshape(*g.shape[:2], 1, -1, math.prod(g.shape[3:])).mT
+    return {"weight": Plain(gradient.flatten(2)), "bias": _bias(cotangents)}
 
 
 def embedding(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
-    """``nn.Embedding``: a holds indices ``[B, ...]``, g ``[B, ..., d]``."""
+    """``nn.Embedding``: a holds indices ``[N, ...]``, g ``[K, N, ..., d]``."""
     table = cast("nn.Embedding", module)
-    batch = len(a)
-    index, cotangents = a.reshape(batch, -1), g.reshape(batch, -1, g.shape[-1])
+    outputs, batch = g.shape[:2]
+    index, cotangents = a.reshape(batch, -1), g.reshape(outputs, batch, -1, g.shape[-1])
     if table.padding_idx is not None:
         cotangents = cotangents * (index != table.padding_idx)[..., None]
     return {"weight": Rows(index, cotangents)}
@@ -144,15 +96,18 @@ def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
 
 
 def group_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
-    """``nn.GroupNorm``: a and g ``[B, C, ...]``."""
+    """``nn.GroupNorm``: a ``[N, C, ...]``."""
     norm = cast("nn.GroupNorm", module)
     return _per_channel(functional.group_norm(a, norm.num_groups, eps=norm.eps), g)
 
 
 def instance_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
-    """``nn.InstanceNorm1d/2d/3d`` without running statistics: a and g ``[B, C, ...]``."""
+    """``nn.InstanceNorm1d/2d/3d``: a ``[N, C, ...]``; running statistics, if kept, are used in evaluation."""
     norm = cast("nn.InstanceNorm2d", module)
-    return _per_channel(functional.instance_norm(a, eps=norm.eps), g)
+    own = norm.running_mean is None
+    return _per_channel(
+        functional.instance_norm(a, norm.running_mean, norm.running_var, use_input_stats=own, eps=norm.eps), g
+    )
 
 
 def frozen_batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
@@ -162,27 +117,20 @@ def frozen_batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Fact
 
 
 def _scale_and_shift(normal: Tensor, g: Tensor, axes: int) -> dict[str, Factor]:
-    """Sum over all axes between the batch and the normalised ones."""
-    shape = (len(g), -1, *g.shape[g.ndim - axes :])
+    """Sum over all axes between the examples and the normalised ones."""
+    shape = (*g.shape[:2], -1, math.prod(g.shape[g.ndim - axes :]))
     return {
-        "weight": Plain((normal * g).reshape(shape).sum(1)),
-        "bias": Plain(g.reshape(shape).sum(1)),
+        "weight": Plain((normal * g).reshape(shape).sum(2)),
+        "bias": Plain(g.reshape(shape).sum(2)),
     }
 
 
 def _per_channel(normal: Tensor, g: Tensor) -> dict[str, Factor]:
     """Sum over all axes behind the channels."""
     return {
-        "weight": Plain((normal * g).reshape(*g.shape[:2], -1).sum(2)),
-        "bias": Plain(g.reshape(*g.shape[:2], -1).sum(2)),
+        "weight": Plain((normal * g).reshape(*g.shape[:3], -1).sum(3)),
+        "bias": Plain(g.reshape(*g.shape[:3], -1).sum(3)),
     }
-
-
-def _product(numbers: tuple[int, ...]) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result
 
 
 RULES: dict[type[nn.Module], LayerRule] = {
@@ -190,6 +138,9 @@ RULES: dict[type[nn.Module], LayerRule] = {
     nn.Conv1d: convolution,
     nn.Conv2d: convolution,
     nn.Conv3d: convolution,
+    nn.ConvTranspose1d: transposed_convolution,
+    nn.ConvTranspose2d: transposed_convolution,
+    nn.ConvTranspose3d: transposed_convolution,
     nn.Embedding: embedding,
     nn.LayerNorm: layer_norm,
     nn.RMSNorm: rms_norm,
@@ -202,3 +153,36 @@ RULES: dict[type[nn.Module], LayerRule] = {
     nn.BatchNorm3d: frozen_batch_norm,
 }
 """Rules by exact module type; a subclass with a forward of its own is not served by its parent's."""
+
+
+def exception_to_rule(module: nn.Module, a: Tensor, out: Tensor) -> str | None:
+    """Why one call has no rule although its module's type has one.
+
+    Args:
+        module: A module whose type is in ``RULES``.
+        a: Its input.
+        out: Its output.
+    """
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            return "an Embedding with max_norm, scale_grad_by_freq or sparse has no rule"
+    elif isinstance(module, _InstanceNorm):
+        if module.training and module.track_running_stats:
+            return "an InstanceNorm with running statistics has no rule"
+        if a.ndim != out.ndim or a.ndim != _axes(module):
+            return "an unbatched InstanceNorm has no rule"
+    elif isinstance(module, _BatchNorm):
+        if module.training or module.running_mean is None:
+            return "a BatchNorm with batch statistics couples the examples"
+    elif isinstance(module, (_ConvNd, _ConvTransposeNd)) and a.ndim != len(module.kernel_size) + 2:
+        return "an unbatched convolution has no rule"
+    return None
+
+
+def batch_axis_must_lead(module: nn.Module) -> bool:
+    """Whether the rule reads the second axis as channels, so that the first must count the examples."""
+    return not isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm))
+
+
+def _axes(norm: _InstanceNorm) -> int:
+    return {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}.get(type(norm), 0)

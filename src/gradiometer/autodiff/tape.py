@@ -1,240 +1,896 @@
-"""Ride along with the user's own forward and backward pass and read per-example gradient norms.
+"""The layer tape: per-example gradients of all outputs from one forward and one backward pass each.
 
-For every module with a rule the tape notes the input ``a`` in a forward hook and, through a hook on the
-output tensor, the cotangent ``g`` when the backward pass gets there. No extra pass is made, no
-parameter gradient is formed, and all hooks are removed again.
+For every call of a module with a rule the tape records the input ``a`` and, per network output, the
+cotangent ``g`` of the call's output; no parameter gradient and no Jacobian is formed. Parameters used
+in any other way (in a parent's forward, tied, reparametrized, inside a module without a rule) are
+followed operation by operation: ``torch.func.vjp`` of the one operation where such a parameter meets the
+examples, mapped over examples. What even that does not reach is differentiated one example at a time.
+
+How each parameter is reached is found out before, on batches of one and of two examples: an axis that
+grows with the batch holds the examples. Every way but the plain one is checked against autograd there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from time import perf_counter
+import math
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
+from torch.func import vjp, vmap
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
-from ..errors import SampleSkippedError, UnsupportedError
-from .rules import RULES, Factor
+from ..errors import InputError, UnsupportedError
+from .factors import Factor, Plain, Side, Weight, add
+from .functional import examples, take
+from .rules import RULES, batch_axis_must_lead, exception_to_rule
+
+Function = Callable[[Any], Tensor]
+
+_BATCHES_WELL = frozenset(
+    f"{name}Backward0"
+    for name in ["Add", "Addmm", "AddmmActivation", "Adaptive", "AvgPool2D", "Bmm", "Cat", "Clone", "Convolution", "Div", "Embedding", "Expand", "Gelu", "Mean", "Mm", "Mul", "NativeLayerNorm", "Permute", "Relu", "Reshape", "ReshapeAlias", "Select", "Sigmoid", "Silu", "Slice", "Softmax", "Split", "Squeeze", "Stack", "Sub", "Sum", "T", "Tanh", "Threshold", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View"]
+) | {"torch::autograd::AccumulateGrad"}
+"""Derivatives whose batching rules are trusted; with any other one, one output is computed both ways."""
+
+_ONE_BY_ONE = {"cpu": 2**19}
+_ONE_BY_ONE_ELSEWHERE = 2**25
+"""Elements of all cotangents of one output above which outputs are taken in turn, not batched."""
 
 
-def refusal(model: nn.Module) -> str | None:
-    """Why per-example gradients do not exist, or cannot be seen, on this model as it stands.
+@dataclass
+class _Call:
+    """One call of a module whose type has a rule."""
+
+    path: str
+    module: nn.Module
+    a: Tensor
+    version: int
+    shape: torch.Size
+    edge: GradientEdge
+    reason: str | None
+
+
+@dataclass
+class _Operation:
+    """One call of a torch function outside of the modules that a rule serves."""
+
+    function: Callable[..., Any]
+    leaves: list[Any]
+    edges: list[GradientEdge | None]
+    spec: pytree.TreeSpec
+    versions: list[int]
+    outputs: list[tuple[torch.Size, GradientEdge] | None]
+    made: list[Tensor]
+    kept: list[Any]
+
+    def output(self, i: int) -> tuple[torch.Size, GradientEdge]:
+        """Shape and edge of an output that has a gradient."""
+        found = self.outputs[i]
+        assert found is not None
+        return found
+
+
+@dataclass
+class _Pass:
+    """What was seen of one forward pass."""
+
+    output: Tensor
+    calls: list[_Call] = field(default_factory=list)
+    operations: dict[int, _Operation] = field(default_factory=dict)
+    hidden: set[str] = field(default_factory=set)
+    saved_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Which axis holds the examples, and how many entries each has there."""
+
+    axis: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Use:
+    """An operation in which parameters meet the examples."""
+
+    operation: _Operation
+    free: list[int]
+    axes: dict[int, _Axis]
+    outputs: list[int]
+    output_axes: list[_Axis]
+
+
+class LayerTape:
+    """How each parameter of a model is reached, and the recording of batches.
+
+    To be made and used inside :func:`.functional.measuring`.
 
     Args:
-        model: The module about to be trained on one batch.
+        model: The module whose parameters are followed.
+        function: Runs it, from a batch of inputs to outputs ``[N, ...]``.
+        x: A batch to learn the structure from.
 
-    Returns:
-        The reason, or ``None``.
+    Raises:
+        InputError: A complex parameter, or outputs that no parameter reaches.
+        UnsupportedError: If the outputs of one example depend on the others of the batch.
 
     Example:
-        >>> refusal(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
-        "module '1' (BatchNorm1d) is in train mode and couples the examples of a batch"
+        >>> net = nn.Linear(3, 2)
+        >>> x = torch.ones(4, 3)
+        >>> tape = LayerTape(net, net, x)
+        >>> recording = tape.record(x)
+        >>> sides = recording.sides(torch.eye(2)[:, None].expand(2, 4, 2))
+        >>> sorted(sides), sides["weight"].dense().shape
+        (['bias', 'weight'], torch.Size([2, 4, 6]))
     """
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            return (
-                f"module {name!r} ({type(module).__name__}) is in train mode and couples the "
-                "examples of a batch"
+
+    def __init__(self, model: nn.Module, function: Function, x: Any) -> None:
+        self._model = model
+        self._function = function
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._names = {id(p): name for name, p in self.parameters.items()}
+        _check_parameters(model, self.parameters)
+        self.owners = _owners(model, self._names)
+        self.unsupported: dict[str, str] = {}
+        """Parameters that no method reaches, and why."""
+        self._axes: list[_Axis | None] = []
+        self._uses: dict[int, _Use] = {}
+        self._apart: list[str] = []
+        self.batched = True
+        self._elements = 0
+        pilot = take(x, slice(0, 2))
+        if examples(x) == 1:
+            pilot = pytree.tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) else t, pilot)
+        self._learn(take(pilot, slice(0, 1)), pilot)
+
+    # what is learned from one and two examples
+
+    def _learn(self, x1: Any, x2: Any) -> None:
+        one, two = self._watch(x1, weigh=True), self._watch(x2)
+        if not one.output.requires_grad:
+            raise InputError(
+                "no trainable parameter reaches the outputs",
+                fix="Call model.requires_grad_(True) on the part that is trained; see that the forward "
+                "does not detach or run under no_grad.",
             )
-        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
-            return f"module {name or 'model'!r} is compiled, and compiled modules run no hooks"
-    return None
+        if [call.path for call in one.calls] != [call.path for call in two.calls]:
+            raise _another_course()
+        self._alone = one.output.detach()
+        _check_independence(self._alone, two.output, lambda: _culprit(one, two))
+        self.shape, self.dtype, self.device = one.output.shape, one.output.dtype, one.output.device
+        self._axes = [
+            _axis_of_call(first, second) for first, second in zip(one.calls, two.calls, strict=True)
+        ]
+        nodes = _reachable(one.output)
+        self._trusted = {node.name() for node in nodes} <= _BATCHES_WELL
+        uses = _uses_of_parameters(nodes, self._names)
+        served: dict[str, int] = dict.fromkeys(self.parameters, 0)
+        odd: set[str] = set()
+        for call, axis in zip(one.calls, self._axes, strict=True):
+            for parameter in call.module._parameters.values():
+                name = self._names.get(id(parameter))
+                if name is not None and axis is not None and call.edge.node in nodes:
+                    served[name] += 1
+                    if axis != _Axis(0, 1):
+                        odd.add(name)
+        self.unsupported = self._behind_checkpoints(one, nodes)
+        saved_bytes = one.saved_bytes
+        rest = {name for name in served if uses.get(name, 0) != served[name]} - set(self.unsupported)
+        if rest:
+            try:
+                one, two = self._watch(x1, mode="all"), self._watch(x2, mode="all")
+                self._uses = _meetings(one, two, {id(self.parameters[name]) for name in rest})
+            except _UnmatchedError:
+                self._apart = sorted(rest)
+        self._example_bytes = self._weigh(one, saved_bytes)
+        if rest - set(self._apart) or odd:
+            wrong = self._wrong(x2, (rest - set(self._apart)) | odd)
+            self._apart = sorted({*self._apart, *wrong})
 
-
-class RideAlong:
-    """Hooks for one forward and backward pass.
-
-    Args:
-        model: The module being trained.
-        batch_size: Examples in the batch; a layer whose input does not begin with this many is left
-            out by name.
-        parameters: Parameters to look at; all trainable ones when ``None``.
-
-    Example:
-        >>> net = nn.Linear(3, 1)
-        >>> x = torch.randn(4, 3)
-        >>> tape = RideAlong(net, 4)
-        >>> net(x).sum().backward()
-        >>> tape.detach()
-        >>> norms, covered, skipped = tape.result()
-        >>> torch.allclose(norms.float(), x.square().sum(1) + 1), len(covered), skipped
-        (True, 2, {})
-    """
-
-    def __init__(
-        self, model: nn.Module, batch_size: int, parameters: Collection[Tensor] | None = None
-    ) -> None:
-        self._batch = batch_size
-        wanted = None if parameters is None else {id(p) for p in parameters}
-        self._names = {
-            id(p): name
-            for name, p in model.named_parameters()
-            if p.requires_grad and (wanted is None or id(p) in wanted)
-        }
-        self._without_gradients: set[nn.Module] = set()
-        self._skipped = dict.fromkeys(self._names.values(), "its module has no rule, or was not called")
-        self._calls: dict[nn.Module, int] = {}
-        self._returned: dict[nn.Module, list[dict[str, Factor]]] = {}
-        self._norms: list[Tensor] = []
-        self._covered: dict[int, str] = {}
-        self._backward_began = False
-        self._fatal: str | None = None
-        self._error: Exception | None = None
-        self.seconds = 0.0
-        self._owners: dict[int, int] = {}
-        self._handles = []
-        for path, module in model.named_modules():
-            own = [p for p in module._parameters.values() if p is not None and id(p) in self._names]
-            for parameter in own:
-                self._owners[id(parameter)] = self._owners.get(id(parameter), 0) + 1
-            if own and type(module) in RULES:
-                self._handles.append(module.register_forward_hook(self._forward_hook(path), with_kwargs=True))
-
-    def detach(self) -> None:
-        """Remove every hook."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _safely(self, function: Any, *arguments: Any) -> None:
-        """Keep an error out of the user's forward and backward; ``result`` raises it."""
-        began = perf_counter()
+    def _wrong(self, x2: Any, names: Collection[str]) -> set[str]:
+        """Parameters whose gradients for two examples are not what autograd says."""
         try:
-            function(*arguments)
-        except Exception as error:  # the user's pass goes on; result() raises this
-            self._error = self._error or error
-        self.seconds += perf_counter() - began
+            recording = self.record(x2)
+            rows = recording.output.new_zeros(2, *recording.output.shape)
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randn(recording.output.shape, generator=generator, dtype=torch.float64).to(rows)
+            rows[0, 0], rows[1, 1] = drawn[0], drawn[1]
+            sides = recording.sides(rows, [name for name in names if name not in self._apart])
+        except (UnsupportedError, RuntimeError):
+            return set(names)
+        kept = {name: self.parameters[name] for name in names if name not in self._apart}
+        true = [
+            torch.autograd.grad(
+                recording.output, list(kept.values()), row, retain_graph=True, allow_unused=True
+            )
+            for row in rows
+        ]
+        wrong = set()
+        for i, name in enumerate(kept):
+            wide = torch.promote_types(kept[name].dtype, torch.float32)
+            found = torch.zeros(2, 2, kept[name].numel(), dtype=wide, device=kept[name].device)
+            if name in sides:
+                found += sides[name].dense()
+            for k, grads in enumerate(true):
+                grad = grads[i]
+                expected = torch.zeros_like(found)[0]
+                if grad is not None:
+                    expected[k] = grad.detach().reshape(-1).to(wide)
+                scale = expected.norm() + found[k].norm()
+                if not bool((found[k] - expected).norm() <= 1e3 * torch.finfo(wide).eps * scale):
+                    wrong.add(name)
+        return wrong
 
-    def _skip(self, module: nn.Module, reason: str) -> None:
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) in self._names:
-                self._skipped[self._names[id(parameter)]] = reason
-        self._calls[module] = -1
+    def _behind_checkpoints(self, one: _Pass, nodes: set[Node]) -> dict[str, str]:
+        """Parameters whose gradient would pass through a reentrant checkpoint."""
+        doors = [node for node in nodes if node.name() == "CheckpointFunctionBackward"]
+        if not doors:
+            return {}
+        reason = "its gradient passes through a reentrant checkpoint; write use_reentrant=False"
+        behind: set[Node] = set()
+        for door in doors:
+            behind |= _upstream(door)
+        lost = {self._names[id(v)] for v in map(_variable, behind) if id(v) in self._names}
+        hidden = {name for name in self.parameters if name.rpartition(".")[0] in one.hidden}
+        return dict.fromkeys(sorted(lost | hidden), reason)
 
-    def _forward_hook(self, path: str) -> Any:
+    def _weigh(self, one: _Pass, saved: int) -> tuple[int, int, int]:
+        """Bytes per example: kept by the forward, of all cotangents of one output, of explicit parts."""
+        forward = saved
+        cotangents = explicit = 0
+        wide = max(4, one.output.element_size())
+        for call, axis in zip(one.calls, self._axes, strict=True):
+            if axis is None:
+                continue
+            self._elements += call.shape.numel()
+            cotangents += wide * call.shape.numel()
+            patch = 1
+            if isinstance(call.module, (_ConvNd, _ConvTransposeNd)):
+                patch = math.prod(call.module.kernel_size)
+            forward += wide * call.a.numel() * patch
+        names = {*self._apart}
+        for use in self._uses.values():
+            names |= {self._names[id(p)] for p in use.operation.leaves if id(p) in self._names}
+        explicit = sum(wide * self.parameters[name].numel() for name in names)
+        for module in self._model.modules():
+            if type(module) not in RULES or (hasattr(module, "output_padding") and module.transposed):
+                explicit += wide * sum(
+                    p.numel() for p in module._parameters.values() if p is not None and id(p) in self._names
+                )
+        return forward, 2 * cotangents, explicit
+
+    def bytes_needed(self, count: int, outputs: int) -> int:
+        """Estimated peak of recording and contracting this many examples and outputs.
+
+        Args:
+            count: Examples at a time.
+            outputs: Network outputs at a time.
+        """
+        forward, cotangents, explicit = self._example_bytes
+        return count * (forward + outputs * (cotangents + explicit))
+
+    def in_turn(self, count: int) -> bool:
+        """Whether one backward pass for this many examples is work enough to take outputs in turn.
+
+        Args:
+            count: Examples at a time.
+        """
+        device = next(iter(self.parameters.values())).device
+        return self._elements * count > _ONE_BY_ONE.get(device.type, _ONE_BY_ONE_ELSEWHERE)
+
+    # one batch
+
+    def record(self, x: Any, *, first: bool = False) -> Recording:
+        """Run the model on a batch and keep what its gradients are made of.
+
+        Args:
+            x: A batch of inputs, of the structure learned from.
+            first: Whether the batch begins with the example that the structure was learned from: its
+                outputs must then be those it has alone.
+
+        Raises:
+            UnsupportedError: If the structure is another one.
+        """
+        seen = self._watch(x, mode=set(self._uses) if self._uses else None)
+        if len(seen.calls) != len(self._axes) or set(seen.operations) != set(self._uses):
+            raise _another_course()
+        recording = Recording(self, x, seen, examples(x))
+        if first:
+            _check_independence(self._alone, seen.output, str)
+        return recording
+
+    def serves(self, index: int) -> bool:
+        """Whether a rule serves the call of this number."""
+        return not self._axes or self._axes[index] is not None
+
+    def _watch(self, x: Any, mode: str | set[int] | None = None, *, weigh: bool = False) -> _Pass:
+        seen = _Pass(torch.empty(()))
+        operations = None
+        if mode is not None:
+            operations = _Operations(seen, None if isinstance(mode, str) else mode)
+        saved: dict[int, int] = {}
+        own = {id(p) for p in self._model.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if id(tensor) not in own:
+                storage = tensor.untyped_storage()
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with _hooks(self, seen, operations):
+            if operations is not None:
+                with operations:
+                    seen.output = self._function(x)
+            elif weigh:
+                with saved_tensors_hooks(pack, lambda tensor: tensor):
+                    seen.output = self._function(x)
+            else:
+                seen.output = self._function(x)
+        seen.saved_bytes = sum(saved.values())
+        return seen
+
+
+class _UnmatchedError(Exception):
+    """Operations cannot be matched between batches: the parameters are differentiated example by example."""
+
+
+class _Operations(TorchFunctionMode):
+    """Writes down torch functions, and what went in and came out."""
+
+    def __init__(self, seen: _Pass, wanted: set[int] | None) -> None:
+        super().__init__()
+        self._seen = seen
+        self._wanted = wanted
+        self._count = 0
+        self.muted = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.muted:
+            return function(*args, **kwargs)
+        self._count += 1
+        if self._wanted is not None and self._count not in self._wanted:
+            return function(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        kept, edges = list(leaves), []
+        in_place = _out_of_place(function) is not None
+        for i, leaf in enumerate(leaves):
+            tensor = isinstance(leaf, Tensor)
+            edges.append(get_gradient_edge(leaf) if tensor and leaf.requires_grad else None)
+            if in_place and tensor and not isinstance(leaf, nn.Parameter):
+                kept[i] = leaf.detach().clone()
+        out = function(*args, **kwargs)
+        tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        if tensors or self._wanted is not None:
+            self._seen.operations[self._count] = _Operation(
+                function=function,
+                leaves=leaves if self._wanted is None else [],
+                edges=edges,
+                spec=spec,
+                versions=[leaf._version if isinstance(leaf, Tensor) else 0 for leaf in kept],
+                outputs=[(t.shape, get_gradient_edge(t)) if t.requires_grad else None for t in tensors],
+                made=tensors if self._wanted is None else [],
+                kept=[
+                    leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+                    for leaf in kept
+                ],
+            )
+        return out
+
+
+@contextmanager
+def _hooks(tape: LayerTape, seen: _Pass, operations: _Operations | None) -> Iterator[None]:
+    """See the calls of modules with a rule; operations inside a call that is served are not written down."""
+    handles = []
+    begun = [0]
+
+    def before(module: nn.Module, args: Any) -> None:
+        if operations is not None and torch.is_grad_enabled() and tape.serves(begun[0]):
+            operations.muted += 1
+        begun[0] += torch.is_grad_enabled()
+
+    def after(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            self._safely(see, module, args, kwargs, out)
-
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            if torch._C._current_graph_task_id() != -1:
-                # a checkpointed segment is run again in the backward pass: not a new call, but if its
-                # first run had no gradients either, its outputs were never hooked
-                if module in self._without_gradients:
-                    self._fatal = (
-                        f"module {path!r} ran without gradients: reentrant checkpointing hides its graph "
-                        "(use_reentrant=False shows it)"
-                    )
-                return
-            if torch.compiler.is_compiling():
-                return
-            if self._backward_began:
-                if isinstance(out, Tensor) and out.requires_grad:
-                    out.register_hook(lambda g: self._safely(self._again, path))
-                return
             if not torch.is_grad_enabled():
-                self._without_gradients.add(module)
+                seen.hidden.add(path)
                 return
+            served = operations is not None and tape.serves(begun[0] - 1)
+            if operations is not None and not served:
+                operations.muted += 1
             a = args[0] if args else kwargs.get("input")
-            if self._calls.get(module, 0) < 0 or not isinstance(out, Tensor) or not out.requires_grad:
-                return
-            if not isinstance(a, Tensor) or a.ndim == 0 or len(a) != self._batch:
-                found = list(a.shape) if isinstance(a, Tensor) else type(a).__name__
-                self._skip(module, f"its input {found} does not begin with the {self._batch} examples")
-                return
-            reason = _cannot(module, a, out)
-            if reason:
-                self._skip(module, reason)
-                return
-            self._calls[module] = self._calls.get(module, 0) + 1
-            version = a._version
-            out.register_hook(lambda g: self._safely(self._returns, path, module, a, version, g))
+            assert isinstance(a, Tensor)
+            seen.calls.append(
+                _Call(
+                    path=path,
+                    module=module,
+                    a=a.detach(),
+                    version=a._version,
+                    shape=out.shape,
+                    edge=get_gradient_edge(out),
+                    reason=exception_to_rule(module, a, out),
+                )
+            )
+            if operations is not None:
+                operations.muted -= 1
 
         return hook
 
+    try:
+        for path, module in tape._model.named_modules():
+            own = [p for p in module._parameters.values() if id(p) in tape._names]
+            if own and type(module) in RULES:
+                handles.append(module.register_forward_pre_hook(before))
+                handles.append(module.register_forward_hook(after(path), prepend=True, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Recording:
+    """One batch on the tape.
+
+    Args:
+        tape: Knows how each parameter is reached.
+        x: The batch.
+        seen: What the forward pass showed.
+        count: Number of examples.
+    """
+
+    def __init__(self, tape: LayerTape, x: Any, seen: _Pass, count: int) -> None:
+        self._tape = tape
+        self._x = x
+        self._seen = seen
+        self._count = count
+        self.output = seen.output
+        self._calls = [
+            (call, axis) for call, axis in zip(seen.calls, tape._axes, strict=True) if axis is not None
+        ]
+        for call, axis in self._calls:
+            _check_size(call.path, call.shape, axis, count)
+
     @torch.no_grad()
-    def _returns(self, path: str, module: nn.Module, a: Tensor, version: int, g: Tensor) -> None:
-        """The backward pass reached one call: contract at once when it was the module's only one."""
-        self._backward_began = True
-        if self._calls[module] < 0:
-            return
-        if a._version != version:
-            self._skip(module, f"the input of {path!r} was changed in place after its forward")
-            return
-        kind = torch.promote_types(g.dtype, torch.float32)
-        factors = RULES[type(module)](module, a.to(kind) if a.is_floating_point() else a, g.to(kind))
-        returned = self._returned.setdefault(module, [])
-        returned.append(factors)
-        if len(returned) > self._calls[module]:
-            self._again(path)
-        elif len(returned) == self._calls[module]:
-            self._contract(module, returned)
-            returned[:] = [{}] * len(returned)
+    def sides(
+        self,
+        rows: Tensor,
+        names: Collection[str] | None = None,
+        weights: dict[str, Weight] | None = None,
+    ) -> dict[str, Side]:
+        """Gradients of K functions of the outputs, per example and parameter, in factored form.
 
-    def _again(self, path: str) -> None:
-        """A second backward pass adds to gradients whose norms are already taken."""
-        self._fatal = f"the backward pass went through module {path!r} more than once"
-
-    def _contract(self, module: nn.Module, returned: list[dict[str, Factor]]) -> None:
-        for name, factor in returned[0].items():
-            parameter = module._parameters.get(name)
-            if parameter is None or id(parameter) not in self._names:
-                continue
-            if self._owners[id(parameter)] > 1:
-                self._skipped[self._names[id(parameter)]] = "it is tied to another module"
-                continue
-            for other in returned[1:]:
-                factor = factor.join(other[name])  # type: ignore[arg-type]
-            self._norms.append(factor.sq_norms().double())
-            self._covered[id(parameter)] = self._names[id(parameter)]
-            self._skipped.pop(self._names[id(parameter)], None)
-
-    def result(self) -> tuple[Tensor, set[str], dict[str, str]]:
-        """What the pass showed.
+        Args:
+            rows: Cotangents of the outputs, ``[K, *output.shape]``.
+            names: Parameters wanted; all that are reached when ``None``.
+            weights: What squared gradients count, 1 for parameters that are not in it.
 
         Returns:
-            Squared norm of each example's contribution to the gradient, the names of the parameters it
-            covers, and why each other one is missing.
-
-        Shapes:
-            ``[B]``.
+            One :class:`.factors.Side` per parameter; parameters that nothing depends on are absent.
 
         Raises:
-            UnsupportedError: If nothing was seen, with the reason.
-            SampleSkippedError: If no backward pass was made.
+            UnsupportedError: If an input was changed in place after it was recorded.
         """
-        if self._error:
-            raise self._error
-        if self._fatal:
+        tape = self._tape
+        wanted = set(tape.parameters if names is None else names) - set(tape.unsupported)
+        uses: dict[str, list[Factor]] = {name: [] for name in tape.parameters if name in wanted}
+        direct = [(use, self._seen.operations[number]) for number, use in tape._uses.items()]
+        apart = [name for name in tape._apart if name in wanted]
+        edges: dict[GradientEdge, int] = {}
+        for call, _ in self._calls:
+            if any(tape._names.get(id(p)) in wanted for p in call.module._parameters.values()):
+                edges.setdefault(call.edge, len(edges))
+        for use, operation in direct:
+            for i in use.outputs:
+                edges.setdefault(operation.output(i)[1], len(edges))
+        cotangents = self._cotangents(list(edges), rows)
+        for call, axis in self._calls:
+            if call.edge not in edges or cotangents[edges[call.edge]] is None:
+                continue
+            g = cotangents[edges[call.edge]]
+            assert g is not None
+            for local, factor in self._factors(call, axis, g).items():
+                name = tape._names.get(id(call.module._parameters[local]))
+                if name in uses and name not in apart:
+                    uses[name].append(factor)
+        for use, operation in direct:
+            gs = [cotangents[edges[operation.output(i)[1]]] for i in use.outputs]
+            if all(g is None for g in gs):
+                continue
+            for name, gradient in _pull(tape, use, operation, gs, self._count).items():
+                if name in uses and name not in apart:
+                    uses[name].append(Plain(gradient))
+        for name, gradient in self._one_example_at_a_time(apart, rows).items():
+            uses[name].append(Plain(gradient))
+        weights = weights or {}
+        return {
+            name: Side(add(found), tape.parameters[name].shape, weights.get(name, 1.0))
+            for name, found in uses.items()
+            if found
+        }
+
+    def _factors(self, call: _Call, axis: _Axis, g: Tensor) -> dict[str, Factor]:
+        """The rule, on a batch whose first axis holds the examples."""
+        if call.a._version != call.version:
             raise UnsupportedError(
-                f"per-example gradients are not available: {self._fatal}",
-                fix="Accumulate over two or more micro-batches instead.",
+                f"the input of module {call.path!r} was changed in place after its forward",
+                fix="Write the operation that changes it out of place, for instance ReLU(inplace=False).",
             )
-        if not self._covered:
-            if self._calls and not self._backward_began:
-                raise SampleSkippedError("no backward pass was made inside monitor.micro_batch")
-            reasons = sorted(set(self._skipped.values()))
-            raise UnsupportedError(
-                "per-example gradients are not available: no layer was seen in the backward pass "
-                f"({'; '.join(reasons)})",
-                fix="Accumulate over two or more micro-batches instead; a compiled model runs no hooks.",
-            )
-        return torch.stack(self._norms).sum(0), set(self._covered.values()), dict(self._skipped)
+        wide = torch.promote_types(g.dtype, torch.float32)
+        a = call.a.to(wide) if call.a.is_floating_point() else call.a
+        a, g = a.movedim(axis.axis, 0), g.to(wide).movedim(axis.axis + 1, 1)
+        factors = RULES[type(call.module)](call.module, a, g)
+        trained = {
+            local: factor
+            for local, factor in factors.items()
+            if id(call.module._parameters.get(local)) in self._tape._names
+        }
+        return trained if axis.size == 1 else {k: f.fold(axis.size) for k, f in trained.items()}
+
+    def _cotangents(self, edges: list[GradientEdge], rows: Tensor) -> list[Tensor | None]:
+        """Of each recorded output, ``[K, ...]``."""
+        if not edges:
+            return []
+        if len(rows) > 1 and self._tape.batched and not self._tape.in_turn(self._count):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")  # a missing batching rule is a warning, and slow
+                    batched = self._grad(edges, rows, is_grads_batched=True)
+                if self._tape._trusted or _equal(
+                    [g if g is None else g[-1] for g in batched], self._grad(edges, rows[-1])
+                ):
+                    return list(batched)
+            except (RuntimeError, UserWarning):
+                pass
+            self._tape.batched = False
+        found = [self._grad(edges, row) for row in rows]
+        if len(found) == 1:
+            return [None if g is None else g[None] for g in found[0]]
+        return [None if gs[0] is None else torch.stack(gs) for gs in zip(*found, strict=True)]
+
+    def _grad(
+        self, edges: list[GradientEdge], rows: Tensor, *, is_grads_batched: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            self.output,
+            edges,
+            rows,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=is_grads_batched,
+        )
+
+    def _one_example_at_a_time(self, names: list[str], rows: Tensor) -> dict[str, Tensor]:
+        """Plain autograd on batches of one, ``[K, N, p]``."""
+        if not names:
+            return {}
+        parameters = [self._tape.parameters[name] for name in names]
+        gradients = [rows.new_zeros(len(rows), self._count, p.numel(), dtype=p.dtype) for p in parameters]
+        for n in range(self._count):
+            with torch.enable_grad():
+                out = self._tape._function(take(self._x, slice(n, n + 1)))
+            for k, row in enumerate(rows):
+                cotangent = row[n : n + 1]
+                try:
+                    grads = torch.autograd.grad(
+                        out, parameters, cotangent, retain_graph=True, allow_unused=True
+                    )
+                except RuntimeError as error:
+                    raise UnsupportedError(
+                        f"no method differentiates parameter {names[0]!r}",
+                        got=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+                        fix="Freeze it, or pass forward= for a part of the model without it.",
+                    ) from error
+                for gradient, grad in zip(gradients, grads, strict=True):
+                    if grad is not None:
+                        gradient[k, n] = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
+        return dict(zip(names, gradients, strict=True))
 
 
-def _cannot(module: nn.Module, a: Tensor, out: Tensor) -> str | None:
-    """Why this call has no rule although its type has one."""
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-            return "an Embedding with max_norm, scale_grad_by_freq or sparse has no rule"
-        if a.ndim == 1:
-            return "one-dimensional indices may be positions rather than examples"
-    elif out.ndim < 2 or len(out) != len(a):
-        return "its output does not begin with the examples"
-    elif isinstance(module, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):
-        if module.track_running_stats:
-            return "an InstanceNorm with running statistics has no rule"
-    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and a.ndim != len(module.kernel_size) + 2:
-        return "an unbatched convolution has no rule"
+# where parameters meet examples
+
+
+def _meetings(one: _Pass, two: _Pass, parameters: set[int]) -> dict[int, _Use]:
+    """The operations in which tensors made of parameters alone meet tensors that hold examples."""
+    if list(one.operations) != list(two.operations):
+        raise _UnmatchedError
+    free = set(parameters)
+    uses: dict[int, _Use] = {}
+    for number, first in one.operations.items():
+        second = two.operations[number]
+        met = [i for i, leaf in enumerate(first.leaves) if isinstance(leaf, Tensor) and id(leaf) in free]
+        if not met or not any(first.outputs):
+            continue
+        if first.function is not second.function or len(first.outputs) != len(second.outputs):
+            raise _UnmatchedError
+        outputs = [i for i, out in enumerate(first.outputs) if out is not None]
+        axes = [_grown(first.outputs[i], second.outputs[i]) for i in outputs]
+        if all(axis is None for axis in axes):
+            free |= {id(first.made[i]) for i in outputs}
+            continue
+        if any(axis is None for axis in axes):
+            raise _UnmatchedError
+        batched = {}
+        for i, leaf in enumerate(first.leaves):
+            if isinstance(leaf, Tensor) and i not in met:
+                axis = _grown_shape(leaf.shape, second.leaves[i].shape)
+                if axis is not None:
+                    batched[i] = axis
+        uses[number] = _Use(first, met, batched, outputs, [axis for axis in axes if axis is not None])
+    return uses
+
+
+def _grown(
+    first: tuple[torch.Size, GradientEdge] | None, second: tuple[torch.Size, GradientEdge] | None
+) -> _Axis | None:
+    if first is None or second is None:
+        raise _UnmatchedError
+    return _grown_shape(first[0], second[0])
+
+
+def _grown_shape(first: torch.Size, second: torch.Size) -> _Axis | None:
+    """The axis that is twice as long for two examples as for one."""
+    if first == second:
+        return None
+    changed = [i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b]
+    if len(first) != len(second) or len(changed) != 1 or second[changed[0]] != 2 * first[changed[0]]:
+        raise _UnmatchedError
+    return _Axis(changed[0], first[changed[0]])
+
+
+def _pull(
+    tape: LayerTape, use: _Use, now: _Operation, gs: Sequence[Tensor | None], count: int
+) -> dict[str, Tensor]:
+    """Gradients of parameters through one operation, ``[K, N, p]``."""
+    then = use.operation
+    outputs = next(len(g) for g in gs if g is not None)
+    moved, in_dims = [], []
+    for i, axis in use.axes.items():
+        leaf = now.kept[i]
+        if leaf._version != now.versions[i]:
+            raise UnsupportedError(
+                f"an input of {_name(then.function)} was changed in place after it was used with a parameter",
+                fix="Write the operation that changes it out of place.",
+            )
+        moved.append(leaf.unflatten(axis.axis, (count, axis.size)))
+        in_dims.append(axis.axis)
+    cotangents = []
+    for g, i, axis in zip(gs, use.outputs, use.output_axes, strict=True):
+        if g is None:
+            shape = list(then.output(i)[0])
+            shape[axis.axis] *= count
+            g = next(g for g in gs if g is not None).new_zeros(outputs, *shape)
+        cotangents.append(g.unflatten(axis.axis + 1, (count, axis.size)))
+    g_dims = [axis.axis + 1 for axis in use.output_axes]
+    free = [then.kept[i].detach() for i in use.free]
+    function = _out_of_place(then.function) or then.function
+
+    def run(xs: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        leaves = [now.kept[i] if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(then.kept)]
+        for i, value in [*zip(use.axes, xs, strict=True), *zip(use.free, values, strict=True)]:
+            leaves[i] = value
+        args, kwargs = pytree.tree_unflatten(leaves, then.spec)
+        found = [leaf for leaf in pytree.tree_leaves(function(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        return tuple(found[i] for i in use.outputs)
+
+    def single(xs: list[Tensor], g: list[Tensor]) -> tuple[Tensor, ...]:
+        pull = vjp(lambda *values: run(xs, values), *free)[1]
+        return vmap(lambda *one: pull(tuple(one)))(*g)
+
+    def plainly(n: int, ks: Sequence[int]) -> list[list[Tensor]]:
+        """One example by plain autograd: per output, per tensor."""
+        values = [value.detach().clone().requires_grad_() for value in free]
+        with torch.enable_grad():
+            out = run([x.select(dim, n) for x, dim in zip(moved, in_dims, strict=True)], values)
+        rows = [[c.select(dim, n)[k] for c, dim in zip(cotangents, g_dims, strict=True)] for k in ks]
+        grads = [torch.autograd.grad(out, values, g, retain_graph=True, allow_unused=True) for g in rows]
+        return [
+            [torch.zeros_like(v) if grad is None else grad for v, grad in zip(values, one, strict=True)]
+            for one in grads
+        ]
+
+    gradients: Sequence[Tensor] | None = None
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("error")
+            gradients = vmap(single, in_dims=(in_dims, g_dims), out_dims=1)(moved, cotangents)
+    except (RuntimeError, UserWarning):  # no batching rule, as for GRU
+        pass
+    corners = [(0, 0), (outputs - 1, count - 1)]
+    if gradients is None or not all(
+        _equal([gradient[k, n] for gradient in gradients], plainly(n, [k])[0]) for k, n in corners
+    ):  # a batching rule may be wrong, as that of prelu is in torch 2.13
+        each = [plainly(n, range(outputs)) for n in range(count)]
+        gradients = [
+            torch.stack([torch.stack([row[i] for row in one]) for one in each], 1) for i in range(len(free))
+        ]
+    found: dict[str, Tensor] = {}
+    for i, gradient in zip(use.free, gradients, strict=True):
+        for name, part in _to_parameters(tape, then, i, gradient.detach()).items():
+            found[name] = found[name] + part if name in found else part
+    return found
+
+
+def _equal(found: Sequence[Tensor | None], true: Sequence[Tensor | None]) -> bool:
+    """Equal up to rounding."""
+    for a, b in zip(found, true, strict=True):
+        if a is None or b is None:
+            if a is not b:
+                return False
+        elif not torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()), equal_nan=True):
+            return False
+    return True
+
+
+def _to_parameters(tape: LayerTape, then: _Operation, i: int, gradient: Tensor) -> dict[str, Tensor]:
+    """From a tensor made of parameters back to them, ``[K, N, ...]`` to ``[K, N, p]``."""
+    outputs, count = gradient.shape[:2]
+    name = tape._names.get(id(then.leaves[i]))
+    if name is not None:
+        return {name: gradient.flatten(2)}
+    edge = then.edges[i]
+    if edge is None:
+        return {}
+    names = list(tape.parameters)
+    flat = gradient.flatten(0, 1)
+    parameters = list(tape.parameters.values())
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            grads = torch.autograd.grad([edge], parameters, [flat], is_grads_batched=True, **options)
+    except (RuntimeError, UserWarning):
+        each = [torch.autograd.grad([edge], parameters, [one], **options) for one in flat]
+        stacks = [None if one[0] is None else torch.stack(one) for one in zip(*each, strict=True)]
+        grads = tuple(stacks)  # type: ignore[arg-type]
+    return {
+        name: grad.unflatten(0, (outputs, count)).flatten(2)
+        for name, grad in zip(names, grads, strict=True)
+        if grad is not None
+    }
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", function))
+
+
+def _out_of_place(function: Any) -> Callable[..., Any] | None:
+    """The function that returns what an in-place one writes; ``None`` for all others."""
+    name = _name(function)
+    if name.startswith("__i") and name.endswith("__") and hasattr(Tensor, f"__{name[3:]}"):
+        return getattr(Tensor, f"__{name[3:]}") if name not in ("__init__", "__int__", "__invert__") else None
+    if name.endswith("_") and not name.endswith("__"):
+        return getattr(Tensor, name[:-1], None)
     return None
+
+
+# the graph
+
+
+def _reachable(output: Tensor) -> set[Node]:
+    assert output.grad_fn is not None
+    return _upstream(output.grad_fn) | {output.grad_fn}
+
+
+def _upstream(node: Node) -> set[Node]:
+    """All nodes that a node's gradient flows to."""
+    found: set[Node] = set()
+    open_nodes = [node]
+    while open_nodes:
+        for other, _ in open_nodes.pop().next_functions:
+            if other is not None and other not in found:
+                found.add(other)
+                open_nodes.append(other)
+    return found
+
+
+def _variable(node: Node) -> Any:
+    return getattr(node, "variable", None)
+
+
+def _uses_of_parameters(nodes: set[Node], names: dict[int, str]) -> dict[str, int]:
+    """How many edges of the graph end in each parameter."""
+    uses: dict[str, int] = {}
+    for node in nodes:
+        for other, _ in node.next_functions:
+            name = None if other is None else names.get(id(_variable(other)))
+            if name is not None:
+                uses[name] = uses.get(name, 0) + 1
+    return uses
+
+
+def _owners(model: nn.Module, names: dict[int, str]) -> dict[str, str]:
+    """The path of the first module that owns each parameter."""
+    owners: dict[str, str] = {}
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if id(parameter) in names:
+                owners.setdefault(names[id(parameter)], path)
+    return owners
+
+
+# what is refused
+
+
+def _check_parameters(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    if not parameters:
+        raise InputError(
+            f"{type(model).__name__} has no trainable parameter",
+            fix="Call model.requires_grad_(True) on the part that is trained.",
+        )
+    for name, parameter in parameters.items():
+        if parameter.is_complex():
+            raise InputError(
+                f"parameter {name!r} is complex, and the kernel is defined for real parameters",
+                got=parameter.dtype,
+                fix="Hold real and imaginary parts as two real parameters, or freeze it.",
+            )
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise UnsupportedError(
+                f"module {path!r} rescales its own weights in every forward (max_norm), so that measuring "
+                "would change the run",
+                fix="Leave max_norm out.",
+            )
+
+
+def _another_course() -> UnsupportedError:
+    return UnsupportedError(
+        "the model takes another course for other examples, and cannot be recorded in one batch",
+        fix="Pass chunk_size=1, or forward= for a part of the model that is the same for all.",
+    )
+
+
+def _check_independence(alone: Tensor, together: Tensor, detail: Callable[[], str]) -> None:
+    """The first example must give the same alone and in company."""
+    difference = (alone - together.detach()[:1]).abs().max()
+    tolerance = max(1e-2, 20 * torch.finfo(alone.dtype).eps)
+    if bool(difference > tolerance * together.abs().max()):
+        raise UnsupportedError(
+            "the outputs for one example change with the others in the batch, so that no example has a "
+            "gradient of its own" + detail(),
+            fix="Use layers that treat examples one by one (BatchNorm with running statistics, GroupNorm).",
+        )
+
+
+def _culprit(one: _Pass, two: _Pass) -> str:
+    for first, second in zip(one.calls, two.calls, strict=False):
+        if first.reason is not None:
+            return f"; module {first.path!r}: {first.reason}"
+        if first.a.is_floating_point() and second.a.shape == (2, *first.a.shape[1:]):
+            difference = (first.a[0] - second.a[0]).abs().max()
+            if bool(difference > 1e-2 * second.a.abs().max()):
+                return f"; it begins before module {first.path!r}"
+    return ""
+
+
+def _axis_of_call(first: _Call, second: _Call) -> _Axis | None:
+    """The axis of the examples in a call that a rule can serve."""
+    if first.path != second.path or first.reason is not None:
+        return None
+    try:
+        axis, out = _grown_shape(first.a.shape, second.a.shape), _grown_shape(first.shape, second.shape)
+    except _UnmatchedError:
+        return None
+    if axis is None or axis != out:
+        return None
+    if axis.axis > 0 and batch_axis_must_lead(first.module):
+        return None
+    return axis
+
+
+def _check_size(path: str, shape: torch.Size, axis: _Axis, count: int) -> None:
+    if shape[axis.axis] != count * axis.size:
+        raise UnsupportedError(
+            f"the output of module {path!r} does not grow with the batch as it did for two examples",
+            got=f"{list(shape)} for {count} examples",
+            fix="Pass chunk_size=1, or forward= for the part of the model that treats examples one by one.",
+        )

@@ -13,11 +13,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from ..autodiff.functional import call, check_inputs, examples, measuring
-from ..autodiff.tape import RideAlong
+from ..autodiff.factors import Plain
+from ..autodiff.functional import call, check_inputs, examples, measuring, take
+from ..autodiff.tape import LayerTape
 from ..errors import InputError, SampleSkippedError, UnsupportedError
 from ..estimators import Estimator, Reference, Window
+from ..linalg import accumulation_dtype
 from ..records import Quantity
 from ..schedules import Schedule
 from ..snapshot import Snapshot
@@ -67,7 +70,8 @@ def gradient_noise_scale(
         >>> gradient_noise_scale(one, torch.ones(2), torch.tensor(2.0))
         {'trace': tensor(2., dtype=torch.float64), 'grad_sq_norm': tensor(1., dtype=torch.float64)}
     """
-    _check_reduction(loss_reduction)
+    if loss_reduction not in ("mean", "sum"):
+        raise InputError("unknown loss_reduction", got=repr(loss_reduction), fix='Write "mean" or "sum".')
     k = len(sq_norms)
     if k < 2:
         raise InputError(
@@ -92,23 +96,19 @@ def gradient_noise_scale(
 
 
 def per_example_grad_norms(
-    model: nn.Module,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    x: Any,
-    y: Tensor,
-    *,
-    loss_reduction: str = "mean",
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], x: Any, y: Any, *, chunk_size: int | None = None
 ) -> Tensor:
-    """Norm of each example's own loss gradient, from one forward and backward pass.
+    """Norm of each example's own loss gradient, from one forward and backward pass of the batch.
 
-    Evaluation mode; no per-example gradient is ever stored for Linear and Embedding layers.
+    Evaluation mode. ``loss_fn`` sees one example at a time, as a batch of one, so that it does not matter
+    whether it takes a mean or a sum over examples.
 
     Args:
-        model: A module made of Linear, Conv, Embedding and norm layers, none of them tied.
-        loss_fn: Maps outputs and targets to one number.
+        model: Any module that treats the examples of a batch one by one.
+        loss_fn: Maps outputs and targets of a batch of one to one number.
         x: Inputs.
-        y: Targets.
-        loss_reduction: Whether ``loss_fn`` takes the ``"mean"`` or the ``"sum"`` over examples.
+        y: Targets: a tensor, or a nest of tensors with the examples first.
+        chunk_size: Examples at a time; all when ``None``.
 
     Returns:
         One norm per example, float64.
@@ -120,8 +120,9 @@ def per_example_grad_norms(
         loss / parameter.
 
     Raises:
-        InputError: A loss that is not one number, or an unknown reduction.
-        UnsupportedError: If a parameter is not reached by a layer with a rule.
+        InputError: A loss that is not one number, outputs without an axis of examples, no trainable
+            parameter, or an empty or non-finite batch.
+        UnsupportedError: If a parameter cannot be reached, or examples are coupled.
 
     Source:
         Goodfellow 2015, arXiv:1510.01799; Gray et al. 2024, arXiv:2411.00999.
@@ -132,40 +133,71 @@ def per_example_grad_norms(
         >>> per_example_grad_norms(net, lambda out, y: out.mean(), x, y)   # d out_i / d w = x_i
         tensor([1., 2.], dtype=torch.float64)
     """
-    _check_reduction(loss_reduction)
     check_inputs(model, x)
-    count = examples(x)
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    leaves: list[Any] = []
+    spec: Any = None
+
+    def function(batch: Any) -> Tensor:
+        nonlocal leaves, spec
+        leaves, spec = pytree.tree_flatten(call(model, batch))
+        moved = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        count = examples(batch)
+        if not moved or any(leaf.ndim == 0 or len(leaf) != count for leaf in moved):
+            raise InputError(
+                f"the outputs must be tensors whose first dimension counts the {count} examples",
+                got=[
+                    list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves
+                ],
+                fix="Wrap the model so that it returns such a tensor.",
+            )
+        return torch.cat([leaf.reshape(count, -1) for leaf in moved], 1)
+
+    norms = []
     with measuring(model):
-        tape = RideAlong(model, count)
-        try:
-            loss = loss_fn(call(model, x), y)
-            if loss.numel() != 1:
-                raise InputError(
-                    "loss_fn must return one number for the whole batch",
-                    got=f"shape {list(loss.shape)}",
-                    fix='Write loss_fn=nn.CrossEntropyLoss(), or any other with reduction="mean".',
-                )
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
-        finally:
-            tape.detach()
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
-    sq_norms, _, skipped = tape.result()
-    if skipped:
-        name, reason = next(iter(skipped.items()))
+        tape = LayerTape(model, function, x)
+        for begin in range(0, examples(x), chunk_size or examples(x)):
+            part = slice(begin, begin + (chunk_size or examples(x)))
+            recording = tape.record(take(x, part), first=begin == 0)
+            rows = _loss_cotangents(loss_fn, leaves, spec, take(y, part), len(recording.output))
+            total: Tensor | None = None
+            for side in recording.sides(rows[None]).values():
+                whole = side.uses[0] if len(side.uses) == 1 else Plain(side.dense())
+                squares = whole.sq_norms()[0].to(accumulation_dtype(rows.device))
+                total = squares if total is None else total + squares
+            assert total is not None
+            norms.append(total.sqrt())
+    if tape.unsupported:
+        name, reason = next(iter(tape.unsupported.items()))
         raise UnsupportedError(
-            f"per-example gradients miss {len(skipped)} of the parameters, first {name!r}: {reason}",
-            fix="Freeze those parameters, or measure the part of the model without them.",
+            f"per-example gradients miss {len(tape.unsupported)} of the parameters, first {name!r}: {reason}",
+            fix="Mend that, or freeze those parameters.",
         )
-    return sq_norms.sqrt() * (count if loss_reduction == "mean" else 1)
+    return torch.cat(norms)
 
 
-def _check_reduction(loss_reduction: str) -> None:
-    if loss_reduction not in ("mean", "sum"):
-        raise InputError("unknown loss_reduction", got=repr(loss_reduction), fix='Write "mean" or "sum".')
+def _loss_cotangents(
+    loss_fn: Callable[[Any, Any], Tensor], leaves: list[Any], spec: Any, y: Any, count: int
+) -> Tensor:
+    """Derivative of each example's own loss with respect to its outputs, ``[N, S]``."""
+    rows = []
+    for n in range(count):
+        own = [
+            leaf.detach()[n : n + 1].requires_grad_(leaf.requires_grad)
+            if isinstance(leaf, Tensor) and leaf.ndim
+            else leaf
+            for leaf in leaves
+        ]
+        loss = loss_fn(pytree.tree_unflatten(own, spec), take(y, slice(n, n + 1)))
+        if loss.numel() != 1:
+            raise InputError(
+                "loss_fn must return one number",
+                got=f"shape {list(loss.shape)}",
+                fix='Write loss_fn=nn.CrossEntropyLoss(), or any other with reduction="mean".',
+            )
+        moved = [leaf for leaf in own if isinstance(leaf, Tensor) and leaf.requires_grad]
+        grads = torch.autograd.grad(loss.sum(), moved, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([grad.reshape(-1) for grad in grads]))
+    return torch.stack(rows)
 
 
 def sgd_noise_scale(

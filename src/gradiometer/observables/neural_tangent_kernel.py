@@ -6,24 +6,22 @@ turns towards the targets means features are being learned.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.func import jacrev, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
 
 from .._types import Forward
-from ..autodiff.functional import (
-    check_inputs,
-    check_outputs,
-    examples,
-    measuring,
-    pure_function,
-    take,
-)
+from ..autodiff.factors import Mode
+from ..autodiff.functional import call, check_inputs, check_outputs, examples, measuring, take
+from ..autodiff.kernel import KernelRequest, tangent_kernel
+from ..autodiff.tape import LayerTape
 from ..errors import InputError, UnsupportedError
 from ..estimators import Reference
 from ..linalg import random_orthonormal_rows
@@ -33,11 +31,47 @@ from ..snapshot import Probe, Snapshot
 from ..statistics import delete_block_jackknife
 from .base import Estimate, Numbers, Observable
 
-Outputs = Literal["trace", "full", "diagonal"]
 _MODES = ("trace", "full", "diagonal")
-_DEFAULT_MEMORY = 2**30
 _EXACT_OUTPUTS = 16
 _PROJECTIONS = 8
+
+
+@overload
+def empirical_ntk(
+    model: nn.Module,
+    x: Any,
+    x2: Any = ...,
+    *,
+    outputs: Mode = ...,
+    layers: Literal[False] = ...,
+    weights: Mapping[str, float | Tensor] | None = ...,
+    num_projections: int | None = ...,
+    sketch_size: int | None = ...,
+    generator: torch.Generator | None = ...,
+    forward: Forward | None = ...,
+    chunk_size: int | None = ...,
+    max_memory: int | None = ...,
+    on_unsupported: Literal["raise", "skip"] = ...,
+) -> Tensor: ...
+
+
+@overload
+def empirical_ntk(
+    model: nn.Module,
+    x: Any,
+    x2: Any = ...,
+    *,
+    outputs: Mode = ...,
+    layers: Literal[True],
+    weights: Mapping[str, float | Tensor] | None = ...,
+    num_projections: int | None = ...,
+    sketch_size: int | None = ...,
+    generator: torch.Generator | None = ...,
+    forward: Forward | None = ...,
+    chunk_size: int | None = ...,
+    max_memory: int | None = ...,
+    on_unsupported: Literal["raise", "skip"] = ...,
+) -> dict[str, Tensor]: ...
 
 
 def empirical_ntk(
@@ -45,38 +79,56 @@ def empirical_ntk(
     x: Any,
     x2: Any = None,
     *,
-    outputs: Outputs = "trace",
+    outputs: Mode = "trace",
+    layers: bool = False,
+    weights: Mapping[str, float | Tensor] | None = None,
     num_projections: int | None = None,
+    sketch_size: int | None = None,
     generator: torch.Generator | None = None,
     forward: Forward | None = None,
     chunk_size: int | None = None,
     max_memory: int | None = None,
-) -> Tensor:
+    on_unsupported: Literal["raise", "skip"] = "raise",
+) -> Tensor | dict[str, Tensor]:
     r"""Empirical neural tangent kernel of the trainable parameters, in evaluation mode.
 
-    .. math:: \Theta_{ao,bo'} = \sum_p \frac{\partial f_o(x_a)}{\partial\theta_p}
+    .. math:: \Theta_{ao,bo'} = \sum_p w_p\,\frac{\partial f_o(x_a)}{\partial\theta_p}
               \frac{\partial f_{o'}(x'_b)}{\partial\theta_p},
               \qquad \text{trace kernel } \frac1O \sum_o \Theta_{ao,bo}
 
-    Jacobians are formed for a few examples and outputs at a time, contracted in the precision of each
-    parameter and added in float64. Batch norm uses its running statistics and dropout is off: the kernel
-    is that of the network as evaluated.
+    One forward pass and one backward pass per output, and for each layer a product of its inputs and of
+    the cotangents of its outputs: no Jacobian is stored. Products are taken in the precision of each
+    parameter (at least float32) and added over layers in float64. Batch norm uses its running statistics
+    and dropout is off: the kernel is that of the network as evaluated. A parameter that is used in
+    several places counts once, with the sum of its gradients.
 
     Args:
-        model: Any module that ``torch.func`` can map over examples.
-        x: Inputs.
+        model: Any module that treats the examples of a batch one by one.
+        x: Inputs: a tensor, or a nest of tensors with the examples first.
         x2: Second set of inputs; ``x`` itself when ``None``.
         outputs: ``"trace"`` averages over the outputs, ``"diagonal"`` keeps each output's own kernel,
             ``"full"`` keeps every pair.
+        layers: Return one kernel per module that owns parameters, by the module's path (``""`` for the
+            model itself). They add up to the total. A tied parameter belongs to its first owner.
+        weights: What each parameter's squared derivative counts, by name: a number or a tensor of the
+            parameter's shape; 1 for names that are missing. With learning rates relative to one of them,
+            for Adam times ``1/(sqrt(v) + eps)``, this is the kernel that moves the outputs.
         num_projections: Replace the O outputs by this many random orthonormal combinations: an unbiased
-            estimate of the trace kernel. Exact when ``None``.
-        generator: CPU generator of the projections; a fixed seed when ``None``.
+            estimate of the trace kernel. With ``outputs="diagonal"`` one such estimate per projection,
+            whose scatter gives its error (see :func:`projection_stderr`). Exact when ``None``.
+        sketch_size: Multiply the gradients with this many random Gaussian features: an unbiased estimate
+            with variance ``(Theta_aa Theta_bb + Theta_ab^2) / sketch_size``. With ``layers=True`` each
+            layer has features of its own. Exact when ``None``.
+        generator: CPU generator of projections and features; a fixed seed when ``None``, so that kernels
+            of one network at two times can be compared.
         forward: Maps ``(model, x)`` to outputs ``[N, O]``; ``model(x)`` when ``None``.
-        chunk_size: Examples per Jacobian; chosen from ``max_memory`` when ``None``.
-        max_memory: Bytes for the Jacobians held at one time, 1 GiB when ``None``.
+        chunk_size: Examples at a time; chosen from ``max_memory`` when ``None``.
+        max_memory: Bytes that may be taken, by estimate; a quarter of what is free when ``None``.
+        on_unsupported: ``"skip"`` returns, with a warning, the kernel over the parameters that can be
+            reached when some cannot.
 
     Returns:
-        The kernel in float64 (float32 on devices without it).
+        The kernel in float64 (float32 on devices without it), or a dictionary of them.
 
     Shapes:
         x ``[N, ...]``, x2 ``[M, ...]`` -> trace ``[N, M]``, diagonal ``[N, M, O]``, full ``[N, M, O, O]``.
@@ -85,11 +137,13 @@ def empirical_ntk(
         outputs^2 / parameters^2.
 
     Raises:
-        InputError: No trainable parameter, an empty, non-finite or misplaced batch, an unknown mode,
-            outputs that are not ``[N, O]``, or projections asked for another mode than ``"trace"``.
+        InputError: No trainable parameter or a complex one, an empty, non-finite or misplaced batch, x2
+            unlike x, an unknown mode, outputs that are not ``[N, O]``, weights that do not fit,
+            projections asked for ``outputs="full"``, or too little ``max_memory``.
+        UnsupportedError: If a parameter cannot be reached, or examples are coupled, with the module's path.
 
     Source:
-        Jacot et al. 2018, arXiv:1806.07572; Jacobian contraction as in Novak et al. 2022,
+        Jacot et al. 2018, arXiv:1806.07572; structured derivatives as in Novak et al. 2022,
         arXiv:2206.08720.
 
     Example:
@@ -98,95 +152,205 @@ def empirical_ntk(
         tensor([[1., 1.],
                 [1., 5.]], dtype=torch.float64)
     """
+    switched = {
+        type(module).__name__
+        for module in model.modules()
+        if module.training and isinstance(module, (_BatchNorm, _DropoutNd)) and getattr(module, "p", 1) > 0
+    }
+    if switched:
+        warnings.warn(
+            f"the model is in train mode, and its {', '.join(sorted(switched))} behave otherwise there: the "
+            "kernel is that of evaluation mode. Call model.eval() before to say that this is meant.",
+            stacklevel=2,
+        )
+    kernels = _kernel(
+        model,
+        x,
+        x2,
+        outputs=outputs,
+        layers=layers,
+        weights=weights,
+        num_projections=num_projections,
+        sketch_size=sketch_size,
+        generator=generator,
+        forward=forward,
+        chunk_size=chunk_size,
+        max_memory=max_memory,
+        on_unsupported=on_unsupported,
+    )
+    return kernels if layers else kernels[""]
+
+
+def _kernel(
+    model: nn.Module,
+    x: Any,
+    x2: Any = None,
+    *,
+    outputs: Mode,
+    layers: bool = False,
+    weights: Mapping[str, float | Tensor] | None = None,
+    num_projections: int | None = None,
+    sketch_size: int | None = None,
+    generator: torch.Generator | None = None,
+    forward: Forward | None = None,
+    chunk_size: int | None = None,
+    max_memory: int | None = None,
+    on_unsupported: str = "raise",
+) -> dict[str, Tensor]:
+    _check_request(outputs, num_projections, sketch_size, chunk_size, max_memory, on_unsupported)
+    check_inputs(model, x)
+    if x2 is not None:
+        check_inputs(model, x2)
+        _check_alike(x, x2)
+    generator = generator if generator is not None else torch.Generator().manual_seed(0)
+
+    def function(batch: Any) -> Tensor:
+        out = (forward or call)(model, batch)
+        check_outputs(out, examples(batch))
+        return out
+
+    with measuring(model):
+        tape = LayerTape(model, function, x)
+        names = _reached(tape, on_unsupported)
+        width = tape.shape[1]
+        scale = 1.0
+        rows = torch.eye(width, dtype=tape.dtype, device=tape.device)
+        if num_projections is not None:
+            drawn = random_orthonormal_rows(num_projections, width, generator=generator)[0]
+            rows = drawn.to(rows)
+            scale = width / num_projections
+        request = KernelRequest(
+            mode=outputs,
+            rows=rows,
+            names=names,
+            layers=layers,
+            weights=_checked_weights(weights, tape.parameters),
+            sketch_size=sketch_size,
+            generator=generator,
+            chunk_size=chunk_size,
+            max_memory=max_memory,
+        )
+        kernels = tangent_kernel(tape, x, x2, request)
+    if outputs == "trace":
+        kernels = {path: kernel * (scale / width) for path, kernel in kernels.items()}
+    return kernels
+
+
+def _check_request(
+    outputs: str,
+    num_projections: int | None,
+    sketch_size: int | None,
+    chunk_size: int | None,
+    max_memory: int | None,
+    on_unsupported: str,
+) -> None:
     if outputs not in _MODES:
         raise InputError("unknown output mode", got=repr(outputs), fix=f"Write one of {_MODES}.")
-    if num_projections is not None and outputs != "trace":
+    if num_projections is not None and outputs == "full":
         raise InputError(
             "random output projections estimate the trace kernel only",
             got=f"outputs={outputs!r}",
             fix='Write outputs="trace", or num_projections=None.',
         )
-    if chunk_size is not None and chunk_size < 1:
-        raise InputError("chunk_size must be at least 1", got=chunk_size, fix="Write chunk_size=8.")
-    batches = [x] if x2 is None else [x, x2]
-    for batch in batches:
-        check_inputs(model, batch)
-    with measuring(model):
-        function, parameters = pure_function(model, forward)
-        with torch.no_grad():
-            shown = function(parameters, take(x, slice(0, 1)))
-        check_outputs(shown, 1)
-        width = shown.shape[1]
-        projection = None
-        if num_projections is not None:
-            rows = random_orthonormal_rows(num_projections, width, generator=generator)[0]
-            projection = (math.sqrt(width / num_projections) * rows).to(shown)
-        kept = num_projections or width
-        per_row = sum(p.numel() * p.element_size() for p in parameters.values())
-        rows_held = max(1, (max_memory or _DEFAULT_MEMORY) // (2 * per_row))
-        some = kept if outputs == "full" else min(kept, max(1, rows_held // examples(x)))
-        step = chunk_size or max(1, min(examples(x), rows_held // some))
-        total: Tensor | None = None
-        for begin in range(0, kept, some):
-            part = slice(begin, begin + some)
-
-            def rows_of(batch: Any, part: slice = part) -> dict[str, Tensor]:
-                def one(p: Mapping[str, Tensor], single: Any) -> Tensor:
-                    out = function(p, take(single, None))[0]
-                    out = out if projection is None else projection @ out
-                    return out[part]
-
-                return vmap(jacrev(one), (None, 0))(parameters, batch)
-
-            block = _blocks(rows_of, batches, step, outputs)
-            if outputs == "trace":
-                total = block if total is None else total + block
-            else:
-                total = block if total is None else torch.cat([total, block], -1)
-    assert total is not None
-    return total / width if outputs == "trace" else total
+    if on_unsupported not in ("raise", "skip"):
+        raise InputError("unknown on_unsupported", got=repr(on_unsupported), fix='Write "raise" or "skip".')
+    sizes = {"sketch_size": sketch_size, "chunk_size": chunk_size, "max_memory": max_memory}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise InputError(
+                f"{name} must be at least 1", got=size, fix=f"Write {name}=None for the default."
+            )
 
 
-def _blocks(
-    rows_of: Callable[[Any], dict[str, Tensor]], batches: list[Any], step: int, outputs: Outputs
-) -> Tensor:
-    """Contract chunk against chunk; with one set of inputs only the upper half is computed."""
-    first, second = batches[0], batches[-1]
-    symmetric = len(batches) == 1
-    rows: list[list[Tensor]] = []
-    for i, left_chunk in _chunks(first, step):
-        left = rows_of(left_chunk)
-        row: list[Tensor] = []
-        for j, right_chunk in _chunks(second, step):
-            if symmetric and j < i:
-                mirrored = rows[j // step][i // step].transpose(0, 1)
-                row.append(mirrored.transpose(2, 3) if outputs == "full" else mirrored)
-            else:
-                right = left if symmetric and j == i else rows_of(right_chunk)
-                row.append(_contract(left, right, outputs))
-        rows.append(row)
-    return torch.cat([torch.cat(row, 1) for row in rows], 0)
+def _check_alike(x: Any, x2: Any) -> None:
+    """Two batches of one kind: the same nest, and the same shapes behind the examples."""
+    left, first = pytree.tree_flatten(x)
+    right, second = pytree.tree_flatten(x2)
+    shapes = [
+        [list(leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in side]
+        for side in (left, right)
+    ]
+    if first != second or shapes[0] != shapes[1]:
+        raise InputError(
+            "x and x2 must have the same shape behind the examples",
+            got=f"{shapes[0]} and {shapes[1]}",
+            fix="Pass inputs of one kind; pad sequences to one length.",
+        )
 
 
-def _chunks(x: Any, step: int) -> Iterator[tuple[int, Any]]:
-    for begin in range(0, examples(x), step):
-        yield begin, take(x, slice(begin, begin + step))
+def _reached(tape: LayerTape, on_unsupported: str) -> list[str]:
+    """Names of the parameters that count."""
+    names = [name for name in tape.parameters if name not in tape.unsupported]
+    if tape.unsupported:
+        name, reason = next(iter(tape.unsupported.items()))
+        if on_unsupported == "raise" or not names:
+            raise UnsupportedError(
+                f"the kernel misses {len(tape.unsupported)} of the parameters, first {name!r} of module "
+                f"{tape.owners[name]!r}: {reason}",
+                fix='Mend that, or write on_unsupported="skip" for the kernel over the others.',
+            )
+        warnings.warn(
+            f"the kernel leaves out {', '.join(map(repr, tape.unsupported))}: {reason}", stacklevel=4
+        )
+    return names
 
 
-_EINSUM = {"trace": "aop,bop->ab", "diagonal": "aop,bop->abo", "full": "aop,bqp->aboq"}
+def _checked_weights(
+    weights: Mapping[str, float | Tensor] | None, parameters: Mapping[str, Tensor]
+) -> dict[str, float | Tensor]:
+    for name, weight in (weights or {}).items():
+        if name not in parameters:
+            raise InputError(
+                "weights name a parameter that is not trained",
+                got=repr(name),
+                fix=f"Use names of model.named_parameters(), such as {next(iter(parameters))!r}.",
+            )
+        values = torch.as_tensor(weight)
+        if values.ndim and values.shape != parameters[name].shape:
+            raise InputError(
+                f"the weight of {name!r} must be a number or have its shape {list(parameters[name].shape)}",
+                got=list(values.shape),
+                fix="Pass one weight per entry of the parameter.",
+            )
+        if not bool((values.isfinite() & (values >= 0)).all()):
+            raise InputError(
+                f"the weight of {name!r} must be finite and not negative",
+                got=f"values from {float(values.min()):.3g} to {float(values.max()):.3g}",
+                fix="Pass squared factors, such as learning rates.",
+            )
+    return {
+        name: weight.detach() if isinstance(weight, Tensor) and weight.ndim else float(weight)
+        for name, weight in (weights or {}).items()
+    }
 
 
-def _contract(left: Mapping[str, Tensor], right: Mapping[str, Tensor], outputs: Outputs) -> Tensor:
-    """Sum over parameters, float64 across tensors."""
-    total: Tensor | None = None
-    for name in left:
-        a, b = (side[name].flatten(2) for side in (left, right))
-        wide = torch.promote_types(a.dtype, torch.float32)
-        term = torch.einsum(_EINSUM[outputs], a.to(wide), b.to(wide))
-        term = term if term.device.type == "mps" else term.double()
-        total = term if total is None else total + term
-    assert total is not None
-    return total
+def projection_stderr(estimates: Tensor, width: int) -> Tensor:
+    r"""Standard error of the mean over random orthonormal output projections.
+
+    .. math:: \mathrm{se}^2 = \frac{s^2}{k}\Bigl(1 - \frac kO\Bigr)
+
+    with the sample variance :math:`s^2`: exchangeable projections whose mean is exact at ``k = O`` are
+    drawn without replacement in this sense.
+
+    Args:
+        estimates: One estimate per projection, along the last axis, at least two.
+        width: Number of outputs O.
+
+    Returns:
+        The standard error.
+
+    Shapes:
+        ``[..., k]`` -> ``[...]``.
+
+    Units:
+        Those of the estimates.
+
+    Example:
+        >>> projection_stderr(torch.tensor([1.0, 3.0]), width=4)
+        tensor(0.7071)
+    """
+    k = estimates.shape[-1]
+    return (estimates.var(-1) / k * (1 - k / width)).sqrt()
 
 
 def kernel_distance(k1: Tensor, k2: Tensor) -> Tensor:
@@ -441,7 +605,7 @@ class NeuralTangentKernel(Observable):
     }
 
     schedule: Schedule | int = 2000
-    outputs: Outputs = "trace"
+    outputs: Mode = "trace"
     num_projections: int | None = None
     max_memory: int | None = None
     seed: int = 0
@@ -460,7 +624,7 @@ class NeuralTangentKernel(Observable):
             width = _width(snapshot)
             projections = None if width <= _EXACT_OUTPUTS else _PROJECTIONS
         try:
-            kernel = empirical_ntk(
+            kernel = _kernel(
                 snapshot.model,
                 probe.inputs,
                 outputs=self.outputs,
@@ -468,7 +632,7 @@ class NeuralTangentKernel(Observable):
                 generator=torch.Generator().manual_seed(self.seed),
                 forward=snapshot.forward,
                 max_memory=self.max_memory,
-            )
+            )[""]
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
                 raise
@@ -524,9 +688,9 @@ class NeuralTangentKernel(Observable):
 
 def _width(snapshot: Snapshot) -> int:
     """Number of outputs, from one example."""
+    probe = take(snapshot.probe.inputs, slice(0, 1))
     with measuring(snapshot.model), torch.no_grad():
-        function, parameters = pure_function(snapshot.model, snapshot.forward)
-        out = function(parameters, take(snapshot.probe.inputs, slice(0, 1)))
+        out = snapshot.forward(snapshot.model, probe)
     check_outputs(out, 1)
     return out.shape[1]
 

@@ -5,8 +5,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gradiometer import GradientNoiseScale, MemoryRecorder, Monitor
+from gradiometer.autodiff.ride_along import RideAlong, refusal
 from gradiometer.autodiff.rules import RULES
-from gradiometer.autodiff.tape import RideAlong, refusal
 from gradiometer.errors import SampleSkippedError, UnsupportedError
 
 BATCH = 5

@@ -1,0 +1,233 @@
+"""Ride along with the user's own forward and backward pass and read per-example gradient norms.
+
+For every module with a rule the tape notes the input ``a`` in a forward hook and, through a hook on the
+output tensor, the cotangent ``g`` when the backward pass gets there. No extra pass is made, no
+parameter gradient is formed, and all hooks are removed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import SampleSkippedError, UnsupportedError
+from .factors import Factor, add
+from .rules import RULES, exception_to_rule
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why per-example gradients do not exist, or cannot be seen, on this model as it stands.
+
+    Args:
+        model: The module about to be trained on one batch.
+
+    Returns:
+        The reason, or ``None``.
+
+    Example:
+        >>> refusal(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+        "module '1' (BatchNorm1d) is in train mode and couples the examples of a batch"
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            return (
+                f"module {name!r} ({type(module).__name__}) is in train mode and couples the "
+                "examples of a batch"
+            )
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+            return f"module {name or 'model'!r} is compiled, and compiled modules run no hooks"
+    return None
+
+
+class RideAlong:
+    """Hooks for one forward and backward pass.
+
+    Args:
+        model: The module being trained.
+        batch_size: Examples in the batch; a layer whose input does not begin with this many is left
+            out by name.
+        parameters: Parameters to look at; all trainable ones when ``None``.
+
+    Example:
+        >>> net = nn.Linear(3, 1)
+        >>> x = torch.randn(4, 3)
+        >>> tape = RideAlong(net, 4)
+        >>> net(x).sum().backward()
+        >>> tape.detach()
+        >>> norms, covered, skipped = tape.result()
+        >>> torch.allclose(norms.float(), x.square().sum(1) + 1), len(covered), skipped
+        (True, 2, {})
+    """
+
+    def __init__(
+        self, model: nn.Module, batch_size: int, parameters: Collection[Tensor] | None = None
+    ) -> None:
+        self._batch = batch_size
+        wanted = None if parameters is None else {id(p) for p in parameters}
+        self._names = {
+            id(p): name
+            for name, p in model.named_parameters()
+            if p.requires_grad and (wanted is None or id(p) in wanted)
+        }
+        self._without_gradients: set[nn.Module] = set()
+        self._skipped = dict.fromkeys(self._names.values(), "its module has no rule, or was not called")
+        self._calls: dict[nn.Module, int] = {}
+        self._returned: dict[nn.Module, list[dict[str, Factor]]] = {}
+        self._norms: list[Tensor] = []
+        self._covered: dict[int, str] = {}
+        self._backward_began = False
+        self._fatal: str | None = None
+        self._error: Exception | None = None
+        self.seconds = 0.0
+        self._owners: dict[int, int] = {}
+        self._handles = []
+        for path, module in model.named_modules():
+            own = [p for p in module._parameters.values() if p is not None and id(p) in self._names]
+            for parameter in own:
+                self._owners[id(parameter)] = self._owners.get(id(parameter), 0) + 1
+            if own and type(module) in RULES:
+                self._handles.append(module.register_forward_hook(self._forward_hook(path), with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _safely(self, function: Any, *arguments: Any) -> None:
+        """Keep an error out of the user's forward and backward; ``result`` raises it."""
+        began = perf_counter()
+        try:
+            function(*arguments)
+        except Exception as error:  # the user's pass goes on; result() raises this
+            self._error = self._error or error
+        self.seconds += perf_counter() - began
+
+    def _skip(self, module: nn.Module, reason: str) -> None:
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) in self._names:
+                self._skipped[self._names[id(parameter)]] = reason
+        self._calls[module] = -1
+
+    def _forward_hook(self, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            self._safely(see, module, args, kwargs, out)
+
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                # a checkpointed segment is run again in the backward pass: not a new call, but if its
+                # first run had no gradients either, its outputs were never hooked
+                if module in self._without_gradients:
+                    self._fatal = (
+                        f"module {path!r} ran without gradients: reentrant checkpointing hides its graph "
+                        "(use_reentrant=False shows it)"
+                    )
+                return
+            if torch.compiler.is_compiling():
+                return
+            if self._backward_began:
+                if isinstance(out, Tensor) and out.requires_grad:
+                    out.register_hook(lambda g: self._safely(self._again, path))
+                return
+            if not torch.is_grad_enabled():
+                self._without_gradients.add(module)
+                return
+            a = args[0] if args else kwargs.get("input")
+            if self._calls.get(module, 0) < 0 or not isinstance(out, Tensor) or not out.requires_grad:
+                return
+            if not isinstance(a, Tensor) or a.ndim == 0 or len(a) != self._batch:
+                found = list(a.shape) if isinstance(a, Tensor) else type(a).__name__
+                self._skip(module, f"its input {found} does not begin with the {self._batch} examples")
+                return
+            reason = _cannot(module, a, out)
+            if reason:
+                self._skip(module, reason)
+                return
+            self._calls[module] = self._calls.get(module, 0) + 1
+            version = a._version
+            out.register_hook(lambda g: self._safely(self._returns, path, module, a, version, g))
+
+        return hook
+
+    @torch.no_grad()
+    def _returns(self, path: str, module: nn.Module, a: Tensor, version: int, g: Tensor) -> None:
+        """The backward pass reached one call: contract at once when it was the module's only one."""
+        self._backward_began = True
+        if self._calls[module] < 0:
+            return
+        if a._version != version:
+            self._skip(module, f"the input of {path!r} was changed in place after its forward")
+            return
+        kind = torch.promote_types(g.dtype, torch.float32)
+        factors = RULES[type(module)](module, a.to(kind) if a.is_floating_point() else a, g.to(kind)[None])
+        returned = self._returned.setdefault(module, [])
+        returned.append(factors)
+        if len(returned) > self._calls[module]:
+            self._again(path)
+        elif len(returned) == self._calls[module]:
+            self._contract(module, returned)
+            returned[:] = [{}] * len(returned)
+
+    def _again(self, path: str) -> None:
+        """A second backward pass adds to gradients whose norms are already taken."""
+        self._fatal = f"the backward pass went through module {path!r} more than once"
+
+    def _contract(self, module: nn.Module, returned: list[dict[str, Factor]]) -> None:
+        for name in returned[0]:
+            parameter = module._parameters.get(name)
+            if parameter is None or id(parameter) not in self._names:
+                continue
+            if self._owners[id(parameter)] > 1:
+                self._skipped[self._names[id(parameter)]] = "it is tied to another module"
+                continue
+            [factor] = add([factors[name] for factors in returned])
+            self._norms.append(factor.sq_norms()[0].double())
+            self._covered[id(parameter)] = self._names[id(parameter)]
+            self._skipped.pop(self._names[id(parameter)], None)
+
+    def result(self) -> tuple[Tensor, set[str], dict[str, str]]:
+        """What the pass showed.
+
+        Returns:
+            Squared norm of each example's contribution to the gradient, the names of the parameters it
+            covers, and why each other one is missing.
+
+        Shapes:
+            ``[B]``.
+
+        Raises:
+            UnsupportedError: If nothing was seen, with the reason.
+            SampleSkippedError: If no backward pass was made.
+        """
+        if self._error:
+            raise self._error
+        if self._fatal:
+            raise UnsupportedError(
+                f"per-example gradients are not available: {self._fatal}",
+                fix="Accumulate over two or more micro-batches instead.",
+            )
+        if not self._covered:
+            if self._calls and not self._backward_began:
+                raise SampleSkippedError("no backward pass was made inside monitor.micro_batch")
+            reasons = sorted(set(self._skipped.values()))
+            raise UnsupportedError(
+                "per-example gradients are not available: no layer was seen in the backward pass "
+                f"({'; '.join(reasons)})",
+                fix="Accumulate over two or more micro-batches instead; a compiled model runs no hooks.",
+            )
+        return torch.stack(self._norms).sum(0), set(self._covered.values()), dict(self._skipped)
+
+
+def _cannot(module: nn.Module, a: Tensor, out: Tensor) -> str | None:
+    """Why this call has no rule although its type has one."""
+    if isinstance(module, nn.Embedding):
+        if a.ndim == 1:
+            return "one-dimensional indices may be positions rather than examples"
+    elif out.ndim < 2 or len(out) != len(a):
+        return "its output does not begin with the examples"
+    return exception_to_rule(module, a, out)
