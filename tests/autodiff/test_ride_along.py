@@ -426,7 +426,7 @@ def test_coverage_is_counted_in_parameters():
 
 
 def test_an_error_in_a_rule_is_raised_by_result_and_not_by_backward(monkeypatch):
-    def broken(module, a, g):
+    def broken(module, a):
         raise ZeroDivisionError("broken rule")
 
     monkeypatch.setitem(RULES, nn.Linear, broken)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -67,9 +67,19 @@ class Outer:
                 )
         return norms
 
+    def joined_outputs(self) -> Outer:
+        """For a sum over outputs: the K cotangents side by side, as those of one wider layer."""
+        if len(self.g) == 1:
+            return self
+        if self.g.stride(-1) == 1:
+            return Outer(self.a, self.g.permute(1, 2, 3, 0, 4).flatten(3)[None])
+        return Outer(self.a, self.g.permute(1, 2, 0, 4, 3).flatten(2, 3).mT[None])
+
     def columns(self, begin: int, end: int) -> Tensor:
         """Explicit gradients for some columns of the parameter, ``[K, N, G o (end - begin)]``."""
         outputs, batch, groups, positions, width = self.g.shape
+        if self.a.shape[-1] == 1:
+            return (self.g * self.a).sum(3).flatten(2)
         a = self.a[..., begin:end].reshape(batch * groups, positions, -1)
         rows = a.new_empty(outputs, batch * groups, width, a.shape[-1])
         for k in range(outputs):
@@ -145,7 +155,6 @@ class Plain:
 
 
 Factor = Outer | Rows | Plain
-_F = TypeVar("_F", Outer, Rows)
 
 
 def add(uses: Sequence[Factor]) -> list[Factor]:
@@ -166,11 +175,13 @@ def add(uses: Sequence[Factor]) -> list[Factor]:
             outers.setdefault((use.a.shape[1], use.a.shape[3]), []).append(use)
     sums: list[Factor] = []
     for same in outers.values():
-        a, g = (torch.cat([getattr(use, name) for use in same], -2) for name in ("a", "g"))
-        sums.append(same[0] if len(same) == 1 else Outer(a, g))
-    if rows:
-        index, g = torch.cat([use.index for use in rows], 1), torch.cat([use.g for use in rows], 2)
-        sums.append(rows[0] if len(rows) == 1 else Rows(index, g))
+        joined = same[0]
+        if len(same) > 1:
+            joined = Outer(torch.cat([use.a for use in same], 2), torch.cat([use.g for use in same], 3))
+        sums.append(joined)
+    if len(rows) > 1:
+        rows = [Rows(torch.cat([use.index for use in rows], 1), torch.cat([use.g for use in rows], 2))]
+    sums.extend(rows)
     if plain:
         sums.append(Plain(torch.stack(plain).sum(0) if len(plain) > 1 else plain[0]))
     return sums
@@ -289,32 +300,24 @@ def _outers(pairs: list[tuple[Side, Side]], mode: Mode, same: bool) -> Iterator[
 
 def _by_columns(left: Outer, right: Outer, weight: Weight, mode: Mode, same: bool) -> Tensor:
     """Form explicit gradients for a block of columns at a time, and multiply those."""
+    scalar = not isinstance(weight, Tensor)
+    if mode == "trace" and scalar:
+        left = left.joined_outputs()
+        right = left if same else right.joined_outputs()
     inputs = left.a.shape[-1]
-    k, n, groups, _, width = left.g.shape
-    held = max(len(right.g) * len(right.a), k * n) if mode == "full" else max(n, len(right.a))
-    step = max(1, _BLOCK // (held * groups * width))
-    parts = range(1) if mode == "full" else range(k)
-    totals = []
-    for part in parts:
-        a, b = left, right
-        if mode != "full" and k > 1:
-            a = Outer(left.a, left.g[part : part + 1])
-            b = a if same else Outer(right.a, right.g[part : part + 1])
-        total: Tensor | None = None
-        for begin in range(0, inputs, step):
-            end = min(begin + step, inputs)
-            one = a.columns(begin, end)
-            two = one if same else b.columns(begin, end)
-            if isinstance(weight, Tensor):
-                columns = weight.reshape(-1, inputs)[:, begin:end].reshape(-1)
-                one = one * columns.to(one)
-            term = _explicit(one, two, mode, same and not isinstance(weight, Tensor))
-            total = term if total is None else total.add_(term)
-        assert total is not None
-        totals.append(total)
-    result = totals[0] if len(totals) == 1 else torch.cat(totals) if mode == "diagonal" else sum(totals)
-    assert isinstance(result, Tensor)
-    return result if isinstance(weight, Tensor) else result.mul_(weight)
+    held = max(len(side.g) * len(side.a) for side in (left, right)) * left.g.shape[2] * left.g.shape[4]
+    step = max(1, _BLOCK // held)
+    total: Tensor | None = None
+    for begin in range(0, inputs, step):
+        end = min(begin + step, inputs)
+        one = left.columns(begin, end)
+        two = one if same else right.columns(begin, end)
+        if isinstance(weight, Tensor):
+            one = one * weight.reshape(-1, inputs)[:, begin:end].reshape(-1).to(one)
+        term = _explicit(one, two, mode, same and scalar)
+        total = term if total is None else total.add_(term)
+    assert total is not None
+    return total.mul_(weight) if scalar else total
 
 
 def _by_gram(

@@ -164,7 +164,8 @@ class RideAlong:
             self._skip(module, f"the input of {path!r} was changed in place after its forward")
             return
         kind = torch.promote_types(g.dtype, torch.float32)
-        factors = RULES[type(module)](module, a.to(kind) if a.is_floating_point() else a, g.to(kind)[None])
+        rule = RULES[type(module)](module, a.to(kind) if a.is_floating_point() else a)
+        factors = rule(g.to(kind)[None])
         returned = self._returned.setdefault(module, [])
         returned.append(factors)
         if len(returned) > self._calls[module]:

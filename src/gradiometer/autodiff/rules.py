@@ -1,14 +1,14 @@
 """How a layer turns its input ``a`` and the cotangents ``g`` of its output into per-example gradients.
 
-One function per module type, from ``a [N, ...]`` and ``g [K, N, ...]`` to one factor per parameter (see
-:mod:`.factors`). Source of the Linear and norm-layer forms: Gray et al. 2024, arXiv:2411.00999;
+One function per module type. It prepares what depends on ``a [N, ...]`` alone, and returns the function
+from ``g [K, N, ...]`` to one factor per parameter (see :mod:`.factors`). Source of the Linear and norm-layer forms: Gray et al. 2024, arXiv:2411.00999;
 Goodfellow 2015, arXiv:1510.01799 for the case without a sequence axis.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import cast
 
 from torch import Tensor, nn
@@ -19,16 +19,20 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .factors import Factor, Outer, Plain, Rows
 
-LayerRule = Callable[[nn.Module, Tensor, Tensor], dict[str, Factor]]
+Gradients = Callable[[Tensor], dict[str, Factor]]
+LayerRule = Callable[[nn.Module, Tensor], Gradients]
 
 
-def linear(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
+def linear(module: nn.Module, a: Tensor) -> Gradients:
     """``nn.Linear`` with any number of position axes: a ``[N, ..., i]``, g ``[K, N, ..., o]``."""
     del module
-    outputs, batch = g.shape[:2]
-    rows = a.reshape(batch, 1, -1, a.shape[-1])
-    cotangents = g.reshape(outputs, batch, 1, -1, g.shape[-1])
-    return {"weight": Outer(rows, cotangents), "bias": _bias(cotangents)}
+    rows = a.reshape(len(a), 1, -1, a.shape[-1])
+
+    def gradients(g: Tensor) -> dict[str, Factor]:
+        cotangents = g.reshape(*g.shape[:2], 1, -1, g.shape[-1])
+        return {"weight": Outer(rows, cotangents), "bias": _bias(cotangents)}
+
+    return gradients
 
 
 def _bias(g: Tensor) -> Outer:
@@ -36,101 +40,120 @@ def _bias(g: Tensor) -> Outer:
     return Outer(g.new_ones(()).expand(*g.shape[1:4], 1), g)
 
 
-def convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
+def convolution(module: nn.Module, a: Tensor) -> Gradients:
     """``nn.Conv1d/2d/3d``: patches of the padded input are the rows of a Linear, group by group."""
     conv = cast("nn.Conv2d", module)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    padded = functional.pad(a, conv._reversed_padding_repeated_twice, mode=mode)
-    patches = _patches(padded, conv, g.shape[3:])
-    cotangents = g.reshape(*g.shape[:2], conv.groups, -1, math.prod(g.shape[3:])).mT
-    return {"weight": Outer(patches, cotangents), "bias": _bias(cotangents)}
+    patches = _patches(functional.pad(a, conv._reversed_padding_repeated_twice, mode=mode), conv)
+
+    def gradients(g: Tensor) -> dict[str, Factor]:
+        cotangents = g.reshape(*g.shape[:2], conv.groups, -1, math.prod(g.shape[3:])).mT
+        return {"weight": Outer(patches.flatten(2, -2), cotangents), "bias": _bias(cotangents)}
+
+    return gradients
 
 
-def _patches(padded: Tensor, conv: nn.Conv2d, positions: Sequence[int]) -> Tensor:
-    """What the kernel sees at each position, ``[N, groups, positions, C / groups * kernel]``."""
-    patches = padded
-    for axis, count in enumerate(positions):
+def _patches(padded: Tensor, conv: nn.Conv2d) -> Tensor:
+    """What the kernel sees at each position, ``[N, groups, *positions, C / groups * kernel]``."""
+    patches = padded.unflatten(1, (conv.groups, -1))
+    axes = padded.ndim - 2
+    for axis in range(axes):
         span = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
-        patches = patches.unfold(2 + axis, span, conv.stride[axis])[..., :: conv.dilation[axis]]
-        patches = patches.narrow(2 + axis, 0, count)
-    shape = (len(padded), conv.groups, -1, math.prod(positions), math.prod(conv.kernel_size))
-    return patches.reshape(shape).transpose(2, 3).flatten(3)
+        patches = patches.unfold(3 + axis, span, conv.stride[axis])[..., :: conv.dilation[axis]]
+    return patches.movedim(2, 2 + axes).flatten(2 + axes)
 
 
-def transposed_convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
+def transposed_convolution(module: nn.Module, a: Tensor) -> Gradients:
     """``nn.ConvTranspose1d/2d/3d``: a convolution with input and cotangent in each other's place."""
     conv = cast("nn.ConvTranspose2d", module)
-    batch, groups = len(a), conv.groups
-    # as padding in functional.pad: the last axis first, both sides
+    batch, positions = len(a), a.shape[2:]
+    rows = a.reshape(batch, conv.groups, -1, math.prod(positions))
+    # as functional.pad has it: the last axis first, both sides
     around = [size for size in reversed(cast("tuple[int, ...]", conv.padding)) for _ in range(2)]
-    padded = functional.pad(g.flatten(0, 1), around)
-    patches = _patches(padded, cast("nn.Conv2d", conv), a.shape[2:])
-    rows = a.reshape(batch, groups, -1, math.prod(a.shape[2:]))
-    gradient = rows @ patches.unflatten(0, (-1, batch))
-    cotangents = g.reshape(*g.shape[:2], 1, -1, math.prod(g.shape[3:])).mT
-    return {"weight": Plain(gradient.flatten(2)), "bias": _bias(cotangents)}
+
+    def gradients(g: Tensor) -> dict[str, Factor]:
+        patches = _patches(functional.pad(g.flatten(0, 1), around), cast("nn.Conv2d", conv))
+        for axis, count in enumerate(positions):  # output padding adds positions no input belongs to
+            patches = patches.narrow(2 + axis, 0, count)
+        gradient = rows @ patches.flatten(2, -2).unflatten(0, (-1, batch))
+        cotangents = g.reshape(*g.shape[:2], 1, -1, math.prod(g.shape[3:])).mT
+        return {"weight": Plain(gradient.flatten(2)), "bias": _bias(cotangents)}
+
+    return gradients
 
 
-def embedding(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
+def embedding(module: nn.Module, a: Tensor) -> Gradients:
     """``nn.Embedding``: a holds indices ``[N, ...]``, g ``[K, N, ..., d]``."""
     table = cast("nn.Embedding", module)
-    outputs, batch = g.shape[:2]
-    index, cotangents = a.reshape(batch, -1), g.reshape(outputs, batch, -1, g.shape[-1])
-    if table.padding_idx is not None:
-        cotangents = cotangents * (index != table.padding_idx)[..., None]
-    return {"weight": Rows(index, cotangents)}
+    index = a.reshape(len(a), -1)
+
+    def gradients(g: Tensor) -> dict[str, Factor]:
+        cotangents = g.reshape(*g.shape[:2], -1, g.shape[-1])
+        if table.padding_idx is not None:
+            cotangents = cotangents * (index != table.padding_idx)[..., None]
+        return {"weight": Rows(index, cotangents)}
+
+    return gradients
 
 
-def layer_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
+def layer_norm(module: nn.Module, a: Tensor) -> Gradients:
     """``nn.LayerNorm``: the normalised input times the cotangent, summed over positions."""
     norm = cast("nn.LayerNorm", module)
     normal = functional.layer_norm(a, norm.normalized_shape, eps=norm.eps)
-    return _scale_and_shift(normal, g, len(norm.normalized_shape))
+    return _scale_and_shift(normal, len(norm.normalized_shape))
 
 
-def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
+def rms_norm(module: nn.Module, a: Tensor) -> Gradients:
     """``nn.RMSNorm``: as layer norm, without a shift."""
     norm = cast("nn.RMSNorm", module)
     normal = functional.rms_norm(a, norm.normalized_shape, eps=norm.eps)
-    return _scale_and_shift(normal, g, len(norm.normalized_shape))
+    return _scale_and_shift(normal, len(norm.normalized_shape))
 
 
-def group_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
+def group_norm(module: nn.Module, a: Tensor) -> Gradients:
     """``nn.GroupNorm``: a ``[N, C, ...]``."""
     norm = cast("nn.GroupNorm", module)
-    return _per_channel(functional.group_norm(a, norm.num_groups, eps=norm.eps), g)
+    return _per_channel(functional.group_norm(a, norm.num_groups, eps=norm.eps))
 
 
-def instance_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
+def instance_norm(module: nn.Module, a: Tensor) -> Gradients:
     """``nn.InstanceNorm1d/2d/3d``: a ``[N, C, ...]``; running statistics, if kept, are used in evaluation."""
     norm = cast("nn.InstanceNorm2d", module)
-    own = norm.running_mean is None
+    mean, variance = norm.running_mean, norm.running_var
     return _per_channel(
-        functional.instance_norm(a, norm.running_mean, norm.running_var, use_input_stats=own, eps=norm.eps), g
+        functional.instance_norm(a, mean, variance, use_input_stats=mean is None, eps=norm.eps)
     )
 
 
-def frozen_batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Factor]:
+def frozen_batch_norm(module: nn.Module, a: Tensor) -> Gradients:
     """``nn.BatchNorm1d/2d/3d`` in evaluation mode, where examples are independent."""
     norm = cast("nn.BatchNorm2d", module)
-    return _per_channel(functional.batch_norm(a, norm.running_mean, norm.running_var, eps=norm.eps), g)
+    return _per_channel(functional.batch_norm(a, norm.running_mean, norm.running_var, eps=norm.eps))
 
 
-def _scale_and_shift(normal: Tensor, g: Tensor, axes: int) -> dict[str, Factor]:
+def _scale_and_shift(normal: Tensor, axes: int) -> Gradients:
     """Sum over all axes between the examples and the normalised ones."""
-    shape = (*g.shape[:2], -1, math.prod(g.shape[g.ndim - axes :]))
-    return {
-        "weight": Plain((normal * g).reshape(shape).sum(2)),
-        "bias": Plain(g.reshape(shape).sum(2)),
-    }
+
+    def gradients(g: Tensor) -> dict[str, Factor]:
+        shape = (*g.shape[:2], -1, math.prod(g.shape[g.ndim - axes :]))
+        return {
+            "weight": Plain((normal * g).reshape(shape).sum(2)),
+            "bias": Plain(g.reshape(shape).sum(2)),
+        }
+
+    return gradients
 
 
-def _per_channel(normal: Tensor, g: Tensor) -> dict[str, Factor]:
+def _per_channel(normal: Tensor) -> Gradients:
     """Sum over all axes behind the channels."""
-    return {
-        "weight": Plain((normal * g).reshape(*g.shape[:3], -1).sum(3)),
-        "bias": Plain(g.reshape(*g.shape[:3], -1).sum(3)),
-    }
+
+    def gradients(g: Tensor) -> dict[str, Factor]:
+        return {
+            "weight": Plain((normal * g).reshape(*g.shape[:3], -1).sum(3)),
+            "bias": Plain(g.reshape(*g.shape[:3], -1).sum(3)),
+        }
+
+    return gradients
 
 
 RULES: dict[type[nn.Module], LayerRule] = {

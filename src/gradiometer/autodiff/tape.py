@@ -30,13 +30,53 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError, UnsupportedError
 from .factors import Factor, Plain, Side, Weight, add
 from .functional import examples, take
-from .rules import RULES, batch_axis_must_lead, exception_to_rule
+from .rules import RULES, Gradients, batch_axis_must_lead, exception_to_rule
 
 Function = Callable[[Any], Tensor]
 
 _BATCHES_WELL = frozenset(
     f"{name}Backward0"
-    for name in ["Add", "Addmm", "AddmmActivation", "Adaptive", "AvgPool2D", "Bmm", "Cat", "Clone", "Convolution", "Div", "Embedding", "Expand", "Gelu", "Mean", "Mm", "Mul", "NativeLayerNorm", "Permute", "Relu", "Reshape", "ReshapeAlias", "Select", "Sigmoid", "Silu", "Slice", "Softmax", "Split", "Squeeze", "Stack", "Sub", "Sum", "T", "Tanh", "Threshold", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View"]
+    for name in [
+        "Add",
+        "Addmm",
+        "AddmmActivation",
+        "Adaptive",
+        "AvgPool2D",
+        "Bmm",
+        "Cat",
+        "Clone",
+        "Convolution",
+        "Div",
+        "Embedding",
+        "Expand",
+        "Gelu",
+        "Mean",
+        "Mm",
+        "Mul",
+        "NativeLayerNorm",
+        "Permute",
+        "Relu",
+        "Reshape",
+        "ReshapeAlias",
+        "Select",
+        "Sigmoid",
+        "Silu",
+        "Slice",
+        "Softmax",
+        "Split",
+        "Squeeze",
+        "Stack",
+        "Sub",
+        "Sum",
+        "T",
+        "Tanh",
+        "Threshold",
+        "Transpose",
+        "Unbind",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+    ]
 ) | {"torch::autograd::AccumulateGrad"}
 """Derivatives whose batching rules are trusted; with any other one, one output is computed both ways."""
 
@@ -453,6 +493,7 @@ class Recording:
         self._seen = seen
         self._count = count
         self.output = seen.output
+        self._prepared: dict[GradientEdge, Gradients] = {}
         self._calls = [
             (call, axis) for call, axis in zip(seen.calls, tape._axes, strict=True) if axis is not None
         ]
@@ -519,15 +560,17 @@ class Recording:
 
     def _factors(self, call: _Call, axis: _Axis, g: Tensor) -> dict[str, Factor]:
         """The rule, on a batch whose first axis holds the examples."""
-        if call.a._version != call.version:
-            raise UnsupportedError(
-                f"the input of module {call.path!r} was changed in place after its forward",
-                fix="Write the operation that changes it out of place, for instance ReLU(inplace=False).",
-            )
         wide = torch.promote_types(g.dtype, torch.float32)
-        a = call.a.to(wide) if call.a.is_floating_point() else call.a
-        a, g = a.movedim(axis.axis, 0), g.to(wide).movedim(axis.axis + 1, 1)
-        factors = RULES[type(call.module)](call.module, a, g)
+        if call.edge not in self._prepared:
+            if call.a._version != call.version:
+                raise UnsupportedError(
+                    f"the input of module {call.path!r} was changed in place after its forward",
+                    fix="Write the operation that changes it out of place, as in ReLU(inplace=False).",
+                )
+            a = call.a.to(wide) if call.a.is_floating_point() else call.a
+            rule = RULES[type(call.module)]
+            self._prepared[call.edge] = rule(call.module, a.movedim(axis.axis, 0))
+        factors = self._prepared[call.edge](g.to(wide).movedim(axis.axis + 1, 1))
         trained = {
             local: factor
             for local, factor in factors.items()

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
@@ -34,6 +35,8 @@ from .base import Estimate, Numbers, Observable
 _MODES = ("trace", "full", "diagonal")
 _EXACT_OUTPUTS = 16
 _PROJECTIONS = 8
+_REPLICATES = 64
+"""Kernels held at a time in the jackknife over examples."""
 
 
 @overload
@@ -737,6 +740,7 @@ def _leave_one_out(measures: Mapping[str, Callable[[Tensor], Tensor]], count: in
         return torch.stack([measure(keep) for measure in measures.values()])
 
     full = row(everyone)
-    rows = torch.stack([row(everyone[everyone != i]) for i in range(count)])
+    others = everyone.expand(count, count)[~torch.eye(count, dtype=torch.bool)].view(count, count - 1)
+    rows = vmap(row, chunk_size=_REPLICATES)(others)
     errors = delete_block_jackknife(full, rows, torch.ones(count, dtype=full.dtype))
     return {name: Estimate(full[i], errors[i]) for i, name in enumerate(measures)}
