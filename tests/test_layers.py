@@ -14,7 +14,8 @@ SOURCE = ROOT / "src" / "gradiometer"
 ROWS = (
     ("errors", "records", "_version"),
     ("_types",),
-    ("linalg", "statistics", "parallel", "autodiff"),
+    ("linalg", "statistics", "parallel"),
+    ("autodiff",),
     ("schedules", "estimators", "snapshot"),
     ("observables", "recorders", "collect"),
     ("verdict", "cost"),

@@ -329,11 +329,46 @@ class WeightCollector(Collector):
         return Weights(_stacked(squares), torch.stack(dots), updates)
 
 
+class StepFactorCollector(Collector):
+    """How far the optimizer moves each weight per unit of gradient, relative to the first group's rate."""
+
+    def result(self) -> dict[str, float | Tensor]:
+        """By parameter name."""
+        optimizer = self.run.optimizer
+        adaptive = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+        if not adaptive and not is_sgd(optimizer):
+            raise UnsupportedError(
+                "the kernel under the optimizer's own steps is known for SGD, Adam and AdamW",
+                got=type(optimizer).__name__,
+                fix="Write NeuralTangentKernel(preconditioned=False).",
+            )
+        names = {id(p): name for name, p in self.run.model.named_parameters()}
+        reference = float(optimizer.param_groups[0]["lr"])
+        if reference == 0.0:
+            raise SampleSkippedError("the first group's learning rate is 0 at this step")
+        factors: dict[str, float | Tensor] = dict.fromkeys(names.values(), 0.0)
+        for group in optimizer.param_groups:
+            rate = float(group["lr"]) / reference
+            for parameter in group["params"]:
+                name = names.get(id(parameter))
+                if name is None:
+                    continue
+                state = optimizer.state.get(parameter, {})
+                if not adaptive:
+                    factors[name] = rate
+                elif state:
+                    second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+                    corrected = second / (1 - group["betas"][1] ** float(state["step"]))
+                    factors[name] = rate / (corrected.sqrt() + group["eps"])
+        return factors
+
+
 COLLECTORS: Mapping[str, type[Collector]] = {
     "chunks": ChunkCollector,
     "update": UpdateCollector,
     "work": WorkCollector,
     "weights": WeightCollector,
+    "step_factors": StepFactorCollector,
 }
 
 

@@ -90,11 +90,13 @@ def gram_matrix(left: Tensor, right: Tensor, *, same: bool = False) -> Tensor:
     rows = left.shape[-2]
     if not same or rows < 256:
         return left @ right.mT
-    product = left.new_empty(*left.shape[:-1], rows)
+    if left.ndim > 2:
+        return torch.stack([gram_matrix(one, one, same=True) for one in left])
+    product = left.new_empty(rows, rows)
     edges = [i * rows // 4 for i in range(5)]
     for begin, end in pairwise(edges):
-        product[..., begin:end, begin:] = left[..., begin:end, :] @ left[..., begin:, :].mT
-        product[..., end:, begin:end] = product[..., begin:end, end:].mT
+        torch.mm(left[begin:end], left[begin:].mT, out=product[begin:end, begin:])
+        product[end:, begin:end] = product[begin:end, end:].mT
     return product
 
 

@@ -18,6 +18,7 @@ _SUPPLIED_BY = {
     "update": "monitor.before_step() before the optimizer's step",
     "work": "monitor.before_step() before the optimizer's step",
     "weights": "the optimizer's step itself",
+    "step_factors": "the optimizer's step itself",
     "batch_size": "monitor.micro_batch(x, y) around each forward and backward",
     "dataset_size": "Monitor(dataset_size=...)",
 }
@@ -156,6 +157,7 @@ class Snapshot:
         update: The update this step made.
         work: Inner products for verification.
         weights: State functions of the weights after the step.
+        step_factors: How far the optimizer moves each weight per unit of gradient, by parameter name.
 
     Raises:
         MissingFieldError: On reading a field that was not supplied.
@@ -179,6 +181,7 @@ class Snapshot:
     update: Update = _UNSET
     work: Work = _UNSET
     weights: Weights = _UNSET
+    step_factors: Mapping[str, float | Tensor] = _UNSET
 
     def __getattribute__(self, name: str) -> Any:
         """Refuse a field that nobody supplied."""

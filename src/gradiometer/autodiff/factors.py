@@ -79,6 +79,8 @@ class Outer:
         """Explicit gradients for some columns of the parameter, ``[K, N, G o (end - begin)]``."""
         outputs, batch, groups, positions, width = self.g.shape
         if self.a.shape[-1] == 1:
+            if not any(self.a.stride()):  # one number throughout: a bias
+                return (self.g.sum(3) * self.a[0, 0, 0, 0]).flatten(2)
             return (self.g * self.a).sum(3).flatten(2)
         a = self.a[..., begin:end].reshape(batch * groups, positions, -1)
         rows = a.new_empty(outputs, batch * groups, width, a.shape[-1])

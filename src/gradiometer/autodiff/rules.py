@@ -1,8 +1,9 @@
 """How a layer turns its input ``a`` and the cotangents ``g`` of its output into per-example gradients.
 
 One function per module type. It prepares what depends on ``a [N, ...]`` alone, and returns the function
-from ``g [K, N, ...]`` to one factor per parameter (see :mod:`.factors`). Source of the Linear and norm-layer forms: Gray et al. 2024, arXiv:2411.00999;
-Goodfellow 2015, arXiv:1510.01799 for the case without a sequence axis.
+from ``g [K, N, ...]`` to one factor per parameter (see :mod:`.factors`). Source of the Linear and
+norm-layer forms: Gray et al. 2024, arXiv:2411.00999; Goodfellow 2015, arXiv:1510.01799 for the case
+without a sequence axis.
 """
 
 from __future__ import annotations
@@ -30,9 +31,22 @@ def linear(module: nn.Module, a: Tensor) -> Gradients:
 
     def gradients(g: Tensor) -> dict[str, Factor]:
         cotangents = g.reshape(*g.shape[:2], 1, -1, g.shape[-1])
-        return {"weight": Outer(rows, cotangents), "bias": _bias(cotangents)}
+        inputs, cotangents = _without_idle_positions(rows, cotangents)
+        return {"weight": Outer(inputs, cotangents), "bias": _bias(cotangents)}
 
     return gradients
+
+
+def _without_idle_positions(rows: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave out positions without any cotangent, as most are below a head that reads a single one.
+
+    All are looked at only where the first or the last one is idle.
+    """
+    ends = (bool(g[:, :, :, end].any()) for end in (0, -1))
+    if g.shape[3] == 1 or all(ends):
+        return rows, g
+    busy = (g.abs().amax((0, 1, 2, 4)) > 0).nonzero()[:, 0]
+    return rows[:, :, busy], g[:, :, :, busy]
 
 
 def _bias(g: Tensor) -> Outer:
@@ -44,11 +58,16 @@ def convolution(module: nn.Module, a: Tensor) -> Gradients:
     """``nn.Conv1d/2d/3d``: patches of the padded input are the rows of a Linear, group by group."""
     conv = cast("nn.Conv2d", module)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    patches = _patches(functional.pad(a, conv._reversed_padding_repeated_twice, mode=mode), conv)
+    padded = functional.pad(a, conv._reversed_padding_repeated_twice, mode=mode)
+    if a.ndim == 4:  # several times faster than by hand
+        columns = functional.unfold(padded, conv.kernel_size, conv.dilation, 0, conv.stride)
+        patches = columns.unflatten(1, (conv.groups, -1)).mT
+    else:
+        patches = _patches(padded, conv).flatten(2, -2)
 
     def gradients(g: Tensor) -> dict[str, Factor]:
         cotangents = g.reshape(*g.shape[:2], conv.groups, -1, math.prod(g.shape[3:])).mT
-        return {"weight": Outer(patches.flatten(2, -2), cotangents), "bias": _bias(cotangents)}
+        return {"weight": Outer(patches, cotangents), "bias": _bias(cotangents)}
 
     return gradients
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,7 @@ class _Operation:
     outputs: list[tuple[torch.Size, GradientEdge] | None]
     made: list[Tensor]
     kept: list[Any]
+    call: int | None
 
     def output(self, i: int) -> tuple[torch.Size, GradientEdge]:
         """Shape and edge of an output that has a gradient."""
@@ -222,23 +223,21 @@ class LayerTape:
                     if axis != _Axis(0, 1):
                         odd.add(name)
         self.unsupported = self._behind_checkpoints(one, nodes)
-        saved_bytes = one.saved_bytes
         rest = {name for name in served if uses.get(name, 0) != served[name]} - set(self.unsupported)
         if rest:
             try:
-                one, two = self._watch(x1, mode="all"), self._watch(x2, mode="all")
-                self._uses = _meetings(one, two, {id(self.parameters[name]) for name in rest})
+                self._uses = _meetings(one, two, {id(self.parameters[name]) for name in rest}, self._axes)
             except _UnmatchedError:
                 self._apart = sorted(rest)
-        self._example_bytes = self._weigh(one, saved_bytes)
+        self._example_bytes = self._weigh(one)
         if rest - set(self._apart) or odd:
-            wrong = self._wrong(x2, (rest - set(self._apart)) | odd)
+            wrong = self._wrong(x2, two, (rest - set(self._apart)) | odd)
             self._apart = sorted({*self._apart, *wrong})
 
-    def _wrong(self, x2: Any, names: Collection[str]) -> set[str]:
+    def _wrong(self, x2: Any, two: _Pass, names: Collection[str]) -> set[str]:
         """Parameters whose gradients for two examples are not what autograd says."""
         try:
-            recording = self.record(x2)
+            recording = Recording(self, x2, two, 2)
             rows = recording.output.new_zeros(2, *recording.output.shape)
             generator = torch.Generator().manual_seed(0)
             drawn = torch.randn(recording.output.shape, generator=generator, dtype=torch.float64).to(rows)
@@ -282,9 +281,9 @@ class LayerTape:
         hidden = {name for name in self.parameters if name.rpartition(".")[0] in one.hidden}
         return dict.fromkeys(sorted(lost | hidden), reason)
 
-    def _weigh(self, one: _Pass, saved: int) -> tuple[int, int, int]:
+    def _weigh(self, one: _Pass) -> tuple[int, int, int]:
         """Bytes per example: kept by the forward, of all cotangents of one output, of explicit parts."""
-        forward = saved
+        forward = one.saved_bytes
         cotangents = explicit = 0
         wide = max(4, one.output.element_size())
         for call, axis in zip(one.calls, self._axes, strict=True):
@@ -339,7 +338,7 @@ class LayerTape:
         Raises:
             UnsupportedError: If the structure is another one.
         """
-        seen = self._watch(x, mode=set(self._uses) if self._uses else None)
+        seen = self._watch(x, set(self._uses))
         if len(seen.calls) != len(self._axes) or set(seen.operations) != set(self._uses):
             raise _another_course()
         recording = Recording(self, x, seen, examples(x))
@@ -347,15 +346,10 @@ class LayerTape:
             _check_independence(self._alone, seen.output, str)
         return recording
 
-    def serves(self, index: int) -> bool:
-        """Whether a rule serves the call of this number."""
-        return not self._axes or self._axes[index] is not None
-
-    def _watch(self, x: Any, mode: str | set[int] | None = None, *, weigh: bool = False) -> _Pass:
+    def _watch(self, x: Any, operations: Collection[int] | None = None, *, weigh: bool = False) -> _Pass:
+        """One forward pass, with the torch functions of these numbers; ``None`` for all of them."""
         seen = _Pass(torch.empty(()))
-        operations = None
-        if mode is not None:
-            operations = _Operations(seen, None if isinstance(mode, str) else mode)
+        mode = _Operations(seen, operations) if operations is None or operations else None
         saved: dict[int, int] = {}
         own = {id(p) for p in self._model.parameters()}
 
@@ -365,15 +359,12 @@ class LayerTape:
                 saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with _hooks(self, seen, operations):
-            if operations is not None:
-                with operations:
-                    seen.output = self._function(x)
-            elif weigh:
-                with saved_tensors_hooks(pack, lambda tensor: tensor):
-                    seen.output = self._function(x)
-            else:
-                seen.output = self._function(x)
+        with _hooks(self, seen, mode), ExitStack() as stack:
+            if weigh:
+                stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
+            if mode is not None:
+                stack.enter_context(mode)
+            seen.output = self._function(x)
         seen.saved_bytes = sum(saved.values())
         return seen
 
@@ -385,18 +376,19 @@ class _UnmatchedError(Exception):
 class _Operations(TorchFunctionMode):
     """Writes down torch functions, and what went in and came out."""
 
-    def __init__(self, seen: _Pass, wanted: set[int] | None) -> None:
+    def __init__(self, seen: _Pass, wanted: Collection[int] | None) -> None:
         super().__init__()
         self._seen = seen
         self._wanted = wanted
         self._count = 0
-        self.muted = 0
+        self.paused = False
+        self.call: int | None = None
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.muted:
+        if self.paused:
             return function(*args, **kwargs)
         self._count += 1
         if self._wanted is not None and self._count not in self._wanted:
@@ -407,11 +399,11 @@ class _Operations(TorchFunctionMode):
         for i, leaf in enumerate(leaves):
             tensor = isinstance(leaf, Tensor)
             edges.append(get_gradient_edge(leaf) if tensor and leaf.requires_grad else None)
-            if in_place and tensor and not isinstance(leaf, nn.Parameter):
-                kept[i] = leaf.detach().clone()
+            if tensor and not isinstance(leaf, nn.Parameter):
+                kept[i] = leaf.detach().clone() if in_place else leaf.detach()
         out = function(*args, **kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-        if tensors or self._wanted is not None:
+        if tensors:
             self._seen.operations[self._count] = _Operation(
                 function=function,
                 leaves=leaves if self._wanted is None else [],
@@ -420,33 +412,28 @@ class _Operations(TorchFunctionMode):
                 versions=[leaf._version if isinstance(leaf, Tensor) else 0 for leaf in kept],
                 outputs=[(t.shape, get_gradient_edge(t)) if t.requires_grad else None for t in tensors],
                 made=tensors if self._wanted is None else [],
-                kept=[
-                    leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
-                    for leaf in kept
-                ],
+                kept=kept,
+                call=self.call,
             )
         return out
 
 
 @contextmanager
 def _hooks(tape: LayerTape, seen: _Pass, operations: _Operations | None) -> Iterator[None]:
-    """See the calls of modules with a rule; operations inside a call that is served are not written down."""
+    """See the calls of modules with a rule, and tell operations in which call they happen."""
     handles = []
-    begun = [0]
 
     def before(module: nn.Module, args: Any) -> None:
-        if operations is not None and torch.is_grad_enabled() and tape.serves(begun[0]):
-            operations.muted += 1
-        begun[0] += torch.is_grad_enabled()
+        if operations is not None and torch.is_grad_enabled():
+            operations.call = len(seen.calls)
 
     def after(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             if not torch.is_grad_enabled():
                 seen.hidden.add(path)
                 return
-            served = operations is not None and tape.serves(begun[0] - 1)
-            if operations is not None and not served:
-                operations.muted += 1
+            if operations is not None:
+                operations.call, operations.paused = None, True
             a = args[0] if args else kwargs.get("input")
             assert isinstance(a, Tensor)
             seen.calls.append(
@@ -461,7 +448,7 @@ def _hooks(tape: LayerTape, seen: _Pass, operations: _Operations | None) -> Iter
                 )
             )
             if operations is not None:
-                operations.muted -= 1
+                operations.paused = False
 
         return hook
 
@@ -641,8 +628,11 @@ class Recording:
 # where parameters meet examples
 
 
-def _meetings(one: _Pass, two: _Pass, parameters: set[int]) -> dict[int, _Use]:
-    """The operations in which tensors made of parameters alone meet tensors that hold examples."""
+def _meetings(one: _Pass, two: _Pass, parameters: set[int], axes: Sequence[_Axis | None]) -> dict[int, _Use]:
+    """The operations in which tensors made of parameters alone meet tensors that hold examples.
+
+    Those inside a call that a rule serves do not count.
+    """
     if list(one.operations) != list(two.operations):
         raise _UnmatchedError
     free = set(parameters)
@@ -652,14 +642,16 @@ def _meetings(one: _Pass, two: _Pass, parameters: set[int]) -> dict[int, _Use]:
         met = [i for i, leaf in enumerate(first.leaves) if isinstance(leaf, Tensor) and id(leaf) in free]
         if not met or not any(first.outputs):
             continue
+        if first.call is not None and axes[first.call] is not None:
+            continue
         if first.function is not second.function or len(first.outputs) != len(second.outputs):
             raise _UnmatchedError
         outputs = [i for i, out in enumerate(first.outputs) if out is not None]
-        axes = [_grown(first.outputs[i], second.outputs[i]) for i in outputs]
-        if all(axis is None for axis in axes):
+        grown = [_grown(first.outputs[i], second.outputs[i]) for i in outputs]
+        if all(axis is None for axis in grown):
             free |= {id(first.made[i]) for i in outputs}
             continue
-        if any(axis is None for axis in axes):
+        if any(axis is None for axis in grown):
             raise _UnmatchedError
         batched = {}
         for i, leaf in enumerate(first.leaves):
@@ -667,7 +659,7 @@ def _meetings(one: _Pass, two: _Pass, parameters: set[int]) -> dict[int, _Use]:
                 axis = _grown_shape(leaf.shape, second.leaves[i].shape)
                 if axis is not None:
                     batched[i] = axis
-        uses[number] = _Use(first, met, batched, outputs, [axis for axis in axes if axis is not None])
+        uses[number] = _Use(first, met, batched, outputs, [axis for axis in grown if axis is not None])
     return uses
 
 

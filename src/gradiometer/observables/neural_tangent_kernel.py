@@ -20,14 +20,14 @@ from torch.utils import _pytree as pytree
 
 from .._types import Forward
 from ..autodiff.factors import Mode
-from ..autodiff.functional import call, check_inputs, check_outputs, examples, measuring, take
+from ..autodiff.functional import call, check_inputs, check_outputs, examples, measuring
 from ..autodiff.kernel import KernelRequest, tangent_kernel
 from ..autodiff.tape import LayerTape
 from ..errors import InputError, UnsupportedError
 from ..estimators import Reference
 from ..linalg import random_orthonormal_rows
 from ..records import Quantity
-from ..schedules import Schedule
+from ..schedules import Schedule, every, log_spaced
 from ..snapshot import Probe, Snapshot
 from ..statistics import delete_block_jackknife
 from .base import Estimate, Numbers, Observable
@@ -166,7 +166,7 @@ def empirical_ntk(
             "kernel is that of evaluation mode. Call model.eval() before to say that this is meant.",
             stacklevel=2,
         )
-    kernels = _kernel(
+    kernels, _ = _kernel(
         model,
         x,
         x2,
@@ -199,7 +199,9 @@ def _kernel(
     chunk_size: int | None = None,
     max_memory: int | None = None,
     on_unsupported: str = "raise",
-) -> dict[str, Tensor]:
+    project_above: int | None = None,
+) -> tuple[dict[str, Tensor], int]:
+    """The kernels and the number of outputs; above ``project_above`` one estimate per projection."""
     _check_request(outputs, num_projections, sketch_size, chunk_size, max_memory, on_unsupported)
     check_inputs(model, x)
     if x2 is not None:
@@ -217,6 +219,10 @@ def _kernel(
         names = _reached(tape, on_unsupported)
         width = tape.shape[1]
         scale = 1.0
+        if project_above is not None and num_projections is None and width > project_above:
+            num_projections = _PROJECTIONS
+        if project_above is not None and num_projections is not None and num_projections > 1:
+            outputs = "diagonal"
         rows = torch.eye(width, dtype=tape.dtype, device=tape.device)
         if num_projections is not None:
             drawn = random_orthonormal_rows(num_projections, width, generator=generator)[0]
@@ -236,7 +242,7 @@ def _kernel(
         kernels = tangent_kernel(tape, x, x2, request)
     if outputs == "trace":
         kernels = {path: kernel * (scale / width) for path, kernel in kernels.items()}
-    return kernels
+    return kernels, width
 
 
 def _check_request(
@@ -563,17 +569,19 @@ class NeuralTangentKernel(Observable):
     """The kernel on the probe: drift, distance, angular velocity, alignment, spectrum.
 
     Errors are those of the probe: a delete-one-example jackknife, which says how much the reading would
-    change on other examples of the same kind. The spectrum depends on the number of examples and has
-    none.
+    change on other examples of the same kind; that of ``trace`` has the error of random projections in
+    it, where these are used. The spectrum depends on the number of examples and has none.
 
     Args:
-        schedule: When it is recorded; every 2,000 steps by default, since the exact kernel is dear. On a
-            small network write ``log_spaced(until=1000) | every(500)``.
+        schedule: When it is recorded: steps 0, 1, 2, 5, 10, ... 1,000 and then every 500 by default.
         sampling: Not used: a kernel is a state function.
         estimator: Not used beyond keeping the first and the previous kernel.
         outputs: ``"trace"``, ``"diagonal"`` or ``"full"``, see :func:`empirical_ntk`.
         num_projections: Random output projections; exact up to 16 outputs and 8 beyond when ``None``.
-        max_memory: Bytes for the Jacobians held at one time.
+        preconditioned: Weigh squared derivatives with the optimizer's step per unit of gradient (learning
+            rates relative to the first group's, for Adam times ``1/(sqrt(v) + eps)``): the kernel that
+            moves the outputs. Its group is ``preconditioned_ntk``, so that both can be recorded.
+        max_memory: Bytes that may be taken, see :func:`empirical_ntk`.
         seed: Seed of the projections, the same at all steps so that drift is not masked.
 
     Units:
@@ -607,9 +615,10 @@ class NeuralTangentKernel(Observable):
         "spectrum": Quantity("output^2/parameter^2", "Its eigenvalues in ascending order."),
     }
 
-    schedule: Schedule | int = 2000
+    schedule: Schedule | int = log_spaced(until=1000) | every(500)
     outputs: Mode = "trace"
     num_projections: int | None = None
+    preconditioned: bool = False
     max_memory: int | None = None
     seed: int = 0
 
@@ -618,35 +627,30 @@ class NeuralTangentKernel(Observable):
         super().__post_init__()
         if self.outputs not in _MODES:
             raise InputError("unknown output mode", got=repr(self.outputs), fix=f"Write one of {_MODES}.")
+        if self.preconditioned:
+            object.__setattr__(self, "group", "preconditioned_ntk")
+            object.__setattr__(self, "level_needs", self.level_needs | {"step_factors"})
 
     def levels(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """The kernel at this step, and that of the targets where there are any."""
         probe = snapshot.probe
-        projections = self.num_projections
-        if projections is None and self.outputs == "trace":
-            width = _width(snapshot)
-            projections = None if width <= _EXACT_OUTPUTS else _PROJECTIONS
-        try:
-            kernel = _kernel(
-                snapshot.model,
-                probe.inputs,
-                outputs=self.outputs,
-                num_projections=projections,
-                generator=torch.Generator().manual_seed(self.seed),
-                forward=snapshot.forward,
-                max_memory=self.max_memory,
-            )[""]
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
-                raise
-            raise UnsupportedError(
-                "the tangent kernel needs torch.func to map this model over examples, and it cannot",
-                got=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
-                fix="Leave NeuralTangentKernel out of observables=, or pass forward= for a part that "
-                "can be mapped.",
-            ) from error
+        found, width = _kernel(
+            snapshot.model,
+            probe.inputs,
+            outputs=self.outputs,
+            num_projections=self.num_projections,
+            project_above=_EXACT_OUTPUTS if self.outputs == "trace" else None,
+            weights=snapshot.step_factors if self.preconditioned else None,
+            generator=torch.Generator().manual_seed(self.seed),
+            forward=snapshot.forward,
+            max_memory=self.max_memory,
+        )
+        kernel = found[""]
         levels = {"kernel": kernel}
-        targets = _targets(probe, kernel.shape[0])
+        if self.outputs == "trace" and kernel.ndim == 3:  # one estimate per projection
+            levels["kernel"] = kernel.mean(-1)
+            levels["projection_error"] = projection_stderr(kernel.diagonal().mean(-1), width)
+        targets = _targets(probe, len(kernel))
         if targets is not None:
             levels["targets"] = target_kernel(targets)
         return levels
@@ -679,6 +683,10 @@ class NeuralTangentKernel(Observable):
             )
         if kernel.ndim == 4:
             measures["off_diagonal"] = lambda keep: _off_diagonal(_keep(kernel, keep))
+        estimates = _leave_one_out(measures, len(kernel))
+        if "projection_error" in now:
+            trace, error = estimates["trace"]
+            estimates["trace"] = Estimate(trace, torch.hypot(error, now["projection_error"].to(error)))
         exact = {
             "top_eigenvalue": spectrum[-1],
             "smallest_eigenvalue": spectrum[0],
@@ -686,16 +694,7 @@ class NeuralTangentKernel(Observable):
             "kernel": flat,
             "spectrum": spectrum,
         }
-        return {**_leave_one_out(measures, len(kernel)), **exact}
-
-
-def _width(snapshot: Snapshot) -> int:
-    """Number of outputs, from one example."""
-    probe = take(snapshot.probe.inputs, slice(0, 1))
-    with measuring(snapshot.model), torch.no_grad():
-        out = snapshot.forward(snapshot.model, probe)
-    check_outputs(out, 1)
-    return out.shape[1]
+        return {**estimates, **exact}
 
 
 def _targets(probe: Probe, count: int) -> Tensor | None:
