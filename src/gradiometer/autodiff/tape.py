@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
-from torch.func import vjp, vmap
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
 from .factors import Factor, Plain, Side, Weight, add
 from .functional import examples, take
+from .operations import Axis, Operation, Operations, UnmatchedError, Use, equal, grown, meetings, pull
 from .rules import RULES, Gradients, batch_axis_must_lead, exception_to_rule
 
 Function = Callable[[Any], Tensor]
@@ -99,54 +98,14 @@ class _Call:
 
 
 @dataclass
-class _Operation:
-    """One call of a torch function outside of the modules that a rule serves."""
-
-    function: Callable[..., Any]
-    leaves: list[Any]
-    edges: list[GradientEdge | None]
-    spec: pytree.TreeSpec
-    versions: list[int]
-    outputs: list[tuple[torch.Size, GradientEdge] | None]
-    made: list[Tensor]
-    kept: list[Any]
-    call: int | None
-
-    def output(self, i: int) -> tuple[torch.Size, GradientEdge]:
-        """Shape and edge of an output that has a gradient."""
-        found = self.outputs[i]
-        assert found is not None
-        return found
-
-
-@dataclass
 class _Pass:
     """What was seen of one forward pass."""
 
     output: Tensor
     calls: list[_Call] = field(default_factory=list)
-    operations: dict[int, _Operation] = field(default_factory=dict)
+    operations: dict[int, Operation] = field(default_factory=dict)
     hidden: set[str] = field(default_factory=set)
     saved_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Which axis holds the examples, and how many entries each has there."""
-
-    axis: int
-    size: int
-
-
-@dataclass(frozen=True)
-class _Use:
-    """An operation in which parameters meet the examples."""
-
-    operation: _Operation
-    free: list[int]
-    axes: dict[int, _Axis]
-    outputs: list[int]
-    output_axes: list[_Axis]
 
 
 class LayerTape:
@@ -182,8 +141,8 @@ class LayerTape:
         self.owners = _owners(model, self._names)
         self.unsupported: dict[str, str] = {}
         """Parameters that no method reaches, and why."""
-        self._axes: list[_Axis | None] = []
-        self._uses: dict[int, _Use] = {}
+        self._axes: list[Axis | None] = []
+        self._uses: dict[int, Use] = {}
         self._apart: list[str] = []
         self.batched = True
         self._elements = 0
@@ -195,7 +154,7 @@ class LayerTape:
     # what is learned from one and two examples
 
     def _learn(self, x1: Any, x2: Any) -> None:
-        one, two = self._watch(x1, weigh=True), self._watch(x2)
+        one, two = self._watch(x1, (), weigh=True), self._watch(x2, ())
         if not one.output.requires_grad:
             raise InputError(
                 "no trainable parameter reaches the outputs",
@@ -220,16 +179,23 @@ class LayerTape:
                 name = self._names.get(id(parameter))
                 if name is not None and axis is not None and call.edge.node in nodes:
                     served[name] += 1
-                    if axis != _Axis(0, 1):
+                    if axis != Axis(0, 1):
                         odd.add(name)
         self.unsupported = self._behind_checkpoints(one, nodes)
         rest = {name for name in served if uses.get(name, 0) != served[name]} - set(self.unsupported)
+        saved = one.saved_bytes
         if rest:
+            one, two = self._watch(x1), self._watch(x2)
             try:
-                self._uses = _meetings(one, two, {id(self.parameters[name]) for name in rest}, self._axes)
-            except _UnmatchedError:
+                self._uses = meetings(
+                    one.operations,
+                    two.operations,
+                    {id(self.parameters[name]) for name in rest},
+                    [axis is not None for axis in self._axes],
+                )
+            except UnmatchedError:
                 self._apart = sorted(rest)
-        self._example_bytes = self._weigh(one)
+        self._example_bytes = self._weigh(one, saved)
         if rest - set(self._apart) or odd:
             wrong = self._wrong(x2, two, (rest - set(self._apart)) | odd)
             self._apart = sorted({*self._apart, *wrong})
@@ -281,9 +247,9 @@ class LayerTape:
         hidden = {name for name in self.parameters if name.rpartition(".")[0] in one.hidden}
         return dict.fromkeys(sorted(lost | hidden), reason)
 
-    def _weigh(self, one: _Pass) -> tuple[int, int, int]:
+    def _weigh(self, one: _Pass, saved: int) -> tuple[int, int, int]:
         """Bytes per example: kept by the forward, of all cotangents of one output, of explicit parts."""
-        forward = one.saved_bytes
+        forward = saved
         cotangents = explicit = 0
         wide = max(4, one.output.element_size())
         for call, axis in zip(one.calls, self._axes, strict=True):
@@ -349,7 +315,7 @@ class LayerTape:
     def _watch(self, x: Any, operations: Collection[int] | None = None, *, weigh: bool = False) -> _Pass:
         """One forward pass, with the torch functions of these numbers; ``None`` for all of them."""
         seen = _Pass(torch.empty(()))
-        mode = _Operations(seen, operations) if operations is None or operations else None
+        mode = Operations(seen.operations, operations) if operations is None or operations else None
         saved: dict[int, int] = {}
         own = {id(p) for p in self._model.parameters()}
 
@@ -369,57 +335,8 @@ class LayerTape:
         return seen
 
 
-class _UnmatchedError(Exception):
-    """Operations cannot be matched between batches: the parameters are differentiated example by example."""
-
-
-class _Operations(TorchFunctionMode):
-    """Writes down torch functions, and what went in and came out."""
-
-    def __init__(self, seen: _Pass, wanted: Collection[int] | None) -> None:
-        super().__init__()
-        self._seen = seen
-        self._wanted = wanted
-        self._count = 0
-        self.paused = False
-        self.call: int | None = None
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.paused:
-            return function(*args, **kwargs)
-        self._count += 1
-        if self._wanted is not None and self._count not in self._wanted:
-            return function(*args, **kwargs)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        kept, edges = list(leaves), []
-        in_place = _out_of_place(function) is not None
-        for i, leaf in enumerate(leaves):
-            tensor = isinstance(leaf, Tensor)
-            edges.append(get_gradient_edge(leaf) if tensor and leaf.requires_grad else None)
-            if tensor and not isinstance(leaf, nn.Parameter):
-                kept[i] = leaf.detach().clone() if in_place else leaf.detach()
-        out = function(*args, **kwargs)
-        tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-        if tensors:
-            self._seen.operations[self._count] = _Operation(
-                function=function,
-                leaves=leaves if self._wanted is None else [],
-                edges=edges,
-                spec=spec,
-                versions=[leaf._version if isinstance(leaf, Tensor) else 0 for leaf in kept],
-                outputs=[(t.shape, get_gradient_edge(t)) if t.requires_grad else None for t in tensors],
-                made=tensors if self._wanted is None else [],
-                kept=kept,
-                call=self.call,
-            )
-        return out
-
-
 @contextmanager
-def _hooks(tape: LayerTape, seen: _Pass, operations: _Operations | None) -> Iterator[None]:
+def _hooks(tape: LayerTape, seen: _Pass, operations: Operations | None) -> Iterator[None]:
     """See the calls of modules with a rule, and tell operations in which call they happen."""
     handles = []
 
@@ -531,11 +448,10 @@ class Recording:
                     uses[name].append(factor)
         for use, operation in direct:
             gs = [cotangents[edges[operation.output(i)[1]]] for i in use.outputs]
-            if all(g is None for g in gs):
-                continue
-            for name, gradient in _pull(tape, use, operation, gs, self._count).items():
-                if name in uses and name not in apart:
-                    uses[name].append(Plain(gradient))
+            if any(g is not None for g in gs):
+                for name, factor in pull(use, operation, gs, self._count, tape._names, tape.parameters):
+                    if name in uses and name not in apart:
+                        uses[name].append(factor)
         for name, gradient in self._one_example_at_a_time(apart, rows).items():
             uses[name].append(Plain(gradient))
         weights = weights or {}
@@ -545,7 +461,7 @@ class Recording:
             if found
         }
 
-    def _factors(self, call: _Call, axis: _Axis, g: Tensor) -> dict[str, Factor]:
+    def _factors(self, call: _Call, axis: Axis, g: Tensor) -> dict[str, Factor]:
         """The rule, on a batch whose first axis holds the examples."""
         wide = torch.promote_types(g.dtype, torch.float32)
         if call.edge not in self._prepared:
@@ -574,7 +490,7 @@ class Recording:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")  # a missing batching rule is a warning, and slow
                     batched = self._grad(edges, rows, is_grads_batched=True)
-                if self._tape._trusted or _equal(
+                if self._tape._trusted or equal(
                     [g if g is None else g[-1] for g in batched], self._grad(edges, rows[-1])
                 ):
                     return list(batched)
@@ -623,188 +539,6 @@ class Recording:
                     if grad is not None:
                         gradient[k, n] = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
         return dict(zip(names, gradients, strict=True))
-
-
-# where parameters meet examples
-
-
-def _meetings(one: _Pass, two: _Pass, parameters: set[int], axes: Sequence[_Axis | None]) -> dict[int, _Use]:
-    """The operations in which tensors made of parameters alone meet tensors that hold examples.
-
-    Those inside a call that a rule serves do not count.
-    """
-    if list(one.operations) != list(two.operations):
-        raise _UnmatchedError
-    free = set(parameters)
-    uses: dict[int, _Use] = {}
-    for number, first in one.operations.items():
-        second = two.operations[number]
-        met = [i for i, leaf in enumerate(first.leaves) if isinstance(leaf, Tensor) and id(leaf) in free]
-        if not met or not any(first.outputs):
-            continue
-        if first.call is not None and axes[first.call] is not None:
-            continue
-        if first.function is not second.function or len(first.outputs) != len(second.outputs):
-            raise _UnmatchedError
-        outputs = [i for i, out in enumerate(first.outputs) if out is not None]
-        grown = [_grown(first.outputs[i], second.outputs[i]) for i in outputs]
-        if all(axis is None for axis in grown):
-            free |= {id(first.made[i]) for i in outputs}
-            continue
-        if any(axis is None for axis in grown):
-            raise _UnmatchedError
-        batched = {}
-        for i, leaf in enumerate(first.leaves):
-            if isinstance(leaf, Tensor) and i not in met:
-                axis = _grown_shape(leaf.shape, second.leaves[i].shape)
-                if axis is not None:
-                    batched[i] = axis
-        uses[number] = _Use(first, met, batched, outputs, [axis for axis in grown if axis is not None])
-    return uses
-
-
-def _grown(
-    first: tuple[torch.Size, GradientEdge] | None, second: tuple[torch.Size, GradientEdge] | None
-) -> _Axis | None:
-    if first is None or second is None:
-        raise _UnmatchedError
-    return _grown_shape(first[0], second[0])
-
-
-def _grown_shape(first: torch.Size, second: torch.Size) -> _Axis | None:
-    """The axis that is twice as long for two examples as for one."""
-    if first == second:
-        return None
-    changed = [i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b]
-    if len(first) != len(second) or len(changed) != 1 or second[changed[0]] != 2 * first[changed[0]]:
-        raise _UnmatchedError
-    return _Axis(changed[0], first[changed[0]])
-
-
-def _pull(
-    tape: LayerTape, use: _Use, now: _Operation, gs: Sequence[Tensor | None], count: int
-) -> dict[str, Tensor]:
-    """Gradients of parameters through one operation, ``[K, N, p]``."""
-    then = use.operation
-    outputs = next(len(g) for g in gs if g is not None)
-    moved, in_dims = [], []
-    for i, axis in use.axes.items():
-        leaf = now.kept[i]
-        if leaf._version != now.versions[i]:
-            raise UnsupportedError(
-                f"an input of {_name(then.function)} was changed in place after it was used with a parameter",
-                fix="Write the operation that changes it out of place.",
-            )
-        moved.append(leaf.unflatten(axis.axis, (count, axis.size)))
-        in_dims.append(axis.axis)
-    cotangents = []
-    for g, i, axis in zip(gs, use.outputs, use.output_axes, strict=True):
-        if g is None:
-            shape = list(then.output(i)[0])
-            shape[axis.axis] *= count
-            g = next(g for g in gs if g is not None).new_zeros(outputs, *shape)
-        cotangents.append(g.unflatten(axis.axis + 1, (count, axis.size)))
-    g_dims = [axis.axis + 1 for axis in use.output_axes]
-    free = [then.kept[i].detach() for i in use.free]
-    function = _out_of_place(then.function) or then.function
-
-    def run(xs: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        leaves = [now.kept[i] if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(then.kept)]
-        for i, value in [*zip(use.axes, xs, strict=True), *zip(use.free, values, strict=True)]:
-            leaves[i] = value
-        args, kwargs = pytree.tree_unflatten(leaves, then.spec)
-        found = [leaf for leaf in pytree.tree_leaves(function(*args, **kwargs)) if isinstance(leaf, Tensor)]
-        return tuple(found[i] for i in use.outputs)
-
-    def single(xs: list[Tensor], g: list[Tensor]) -> tuple[Tensor, ...]:
-        pull = vjp(lambda *values: run(xs, values), *free)[1]
-        return vmap(lambda *one: pull(tuple(one)))(*g)
-
-    def plainly(n: int, ks: Sequence[int]) -> list[list[Tensor]]:
-        """One example by plain autograd: per output, per tensor."""
-        values = [value.detach().clone().requires_grad_() for value in free]
-        with torch.enable_grad():
-            out = run([x.select(dim, n) for x, dim in zip(moved, in_dims, strict=True)], values)
-        rows = [[c.select(dim, n)[k] for c, dim in zip(cotangents, g_dims, strict=True)] for k in ks]
-        grads = [torch.autograd.grad(out, values, g, retain_graph=True, allow_unused=True) for g in rows]
-        return [
-            [torch.zeros_like(v) if grad is None else grad for v, grad in zip(values, one, strict=True)]
-            for one in grads
-        ]
-
-    gradients: Sequence[Tensor] | None = None
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("error")
-            gradients = vmap(single, in_dims=(in_dims, g_dims), out_dims=1)(moved, cotangents)
-    except (RuntimeError, UserWarning):  # no batching rule, as for GRU
-        pass
-    corners = [(0, 0), (outputs - 1, count - 1)]
-    if gradients is None or not all(
-        _equal([gradient[k, n] for gradient in gradients], plainly(n, [k])[0]) for k, n in corners
-    ):  # a batching rule may be wrong, as that of prelu is in torch 2.13
-        each = [plainly(n, range(outputs)) for n in range(count)]
-        gradients = [
-            torch.stack([torch.stack([row[i] for row in one]) for one in each], 1) for i in range(len(free))
-        ]
-    found: dict[str, Tensor] = {}
-    for i, gradient in zip(use.free, gradients, strict=True):
-        for name, part in _to_parameters(tape, then, i, gradient.detach()).items():
-            found[name] = found[name] + part if name in found else part
-    return found
-
-
-def _equal(found: Sequence[Tensor | None], true: Sequence[Tensor | None]) -> bool:
-    """Equal up to rounding."""
-    for a, b in zip(found, true, strict=True):
-        if a is None or b is None:
-            if a is not b:
-                return False
-        elif not torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()), equal_nan=True):
-            return False
-    return True
-
-
-def _to_parameters(tape: LayerTape, then: _Operation, i: int, gradient: Tensor) -> dict[str, Tensor]:
-    """From a tensor made of parameters back to them, ``[K, N, ...]`` to ``[K, N, p]``."""
-    outputs, count = gradient.shape[:2]
-    name = tape._names.get(id(then.leaves[i]))
-    if name is not None:
-        return {name: gradient.flatten(2)}
-    edge = then.edges[i]
-    if edge is None:
-        return {}
-    names = list(tape.parameters)
-    flat = gradient.flatten(0, 1)
-    parameters = list(tape.parameters.values())
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            grads = torch.autograd.grad([edge], parameters, [flat], is_grads_batched=True, **options)
-    except (RuntimeError, UserWarning):
-        each = [torch.autograd.grad([edge], parameters, [one], **options) for one in flat]
-        stacks = [None if one[0] is None else torch.stack(one) for one in zip(*each, strict=True)]
-        grads = tuple(stacks)  # type: ignore[arg-type]
-    return {
-        name: grad.unflatten(0, (outputs, count)).flatten(2)
-        for name, grad in zip(names, grads, strict=True)
-        if grad is not None
-    }
-
-
-def _name(function: Any) -> str:
-    return str(getattr(function, "__name__", function))
-
-
-def _out_of_place(function: Any) -> Callable[..., Any] | None:
-    """The function that returns what an in-place one writes; ``None`` for all others."""
-    name = _name(function)
-    if name.startswith("__i") and name.endswith("__") and hasattr(Tensor, f"__{name[3:]}"):
-        return getattr(Tensor, f"__{name[3:]}") if name not in ("__init__", "__int__", "__invert__") else None
-    if name.endswith("_") and not name.endswith("__"):
-        return getattr(Tensor, name[:-1], None)
-    return None
 
 
 # the graph
@@ -907,13 +641,13 @@ def _culprit(one: _Pass, two: _Pass) -> str:
     return ""
 
 
-def _axis_of_call(first: _Call, second: _Call) -> _Axis | None:
+def _axis_of_call(first: _Call, second: _Call) -> Axis | None:
     """The axis of the examples in a call that a rule can serve."""
     if first.path != second.path or first.reason is not None:
         return None
     try:
-        axis, out = _grown_shape(first.a.shape, second.a.shape), _grown_shape(first.shape, second.shape)
-    except _UnmatchedError:
+        axis, out = grown(first.a.shape, second.a.shape), grown(first.shape, second.shape)
+    except UnmatchedError:
         return None
     if axis is None or axis != out:
         return None
@@ -922,7 +656,7 @@ def _axis_of_call(first: _Call, second: _Call) -> _Axis | None:
     return axis
 
 
-def _check_size(path: str, shape: torch.Size, axis: _Axis, count: int) -> None:
+def _check_size(path: str, shape: torch.Size, axis: Axis, count: int) -> None:
     if shape[axis.axis] != count * axis.size:
         raise UnsupportedError(
             f"the output of module {path!r} does not grow with the batch as it did for two examples",
