@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
@@ -33,6 +34,13 @@ from .rules import RULES, Gradients, batch_axis_must_lead, exception_to_rule
 
 Function = Callable[[Any], Tensor]
 
+_FUSED = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Attention for backward passes taken in turn; batched ones need the plain form."""
 _BATCHES_WELL = frozenset(
     f"{name}Backward0"
     for name in [
@@ -304,7 +312,8 @@ class LayerTape:
         Raises:
             UnsupportedError: If the structure is another one.
         """
-        seen = self._watch(x, set(self._uses))
+        with sdpa_kernel(_FUSED) if self.in_turn(examples(x)) else nullcontext():
+            seen = self._watch(x, set(self._uses))
         if len(seen.calls) != len(self._axes) or set(seen.operations) != set(self._uses):
             raise _another_course()
         recording = Recording(self, x, seen, examples(x))
