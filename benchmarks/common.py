@@ -1,14 +1,15 @@
-"""What the benchmarks share: models, data, interleaved timing, and the environment in the result."""
+"""What the benchmarks share: models, loops, interleaved timing, saved results and the README's tables."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradiometer.demo.characters import CharacterTransformer
-from gradiometer.demo.digits import DigitsConvNet
+from gradiometer import Monitor, Observable
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
 
 
 @dataclass
@@ -37,12 +38,23 @@ class Case:
         return F.cross_entropy(out.flatten(0, -2), y.flatten())
 
 
-def mlp() -> nn.Module:
-    sizes = (784, 1024, 1024, 1024, 10)
+def mlp(sizes: Sequence[int] = (784, 1024, 1024, 1024, 10)) -> nn.Module:
     layers: list[nn.Module] = []
     for i, o in pairwise(sizes):
         layers += [nn.Linear(i, o), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def digits_convnet() -> nn.Module:
+    from gradiometer.demo.digits import DigitsConvNet  # Lightning is slow to import
+
+    return DigitsConvNet()
+
+
+def character_transformer() -> nn.Module:
+    from gradiometer.demo.characters import CharacterTransformer
+
+    return CharacterTransformer()
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -53,26 +65,26 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-4)
 
 
-def _vectors(g: torch.Generator) -> tuple[Tensor, Tensor]:
+def vectors(g: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.randn(128, 784, generator=g), torch.randint(10, (128,), generator=g)
 
 
-def _images(g: torch.Generator) -> tuple[Tensor, Tensor]:
+def images(g: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.randn(16, 1, 8, 8, generator=g), torch.randint(10, (16,), generator=g)
 
 
-def _tokens(g: torch.Generator) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(101, (32, 65), generator=g)
-    return tokens[:, :-1], tokens[:, 1:]
+def tokens(g: torch.Generator) -> tuple[Tensor, Tensor]:
+    text = torch.randint(101, (32, 65), generator=g)
+    return text[:, :-1], text[:, 1:]
 
 
 def cases(optimizer: str) -> list[Case]:
     """MLP 784-1024x3-10 at B=128, the digits ConvNet at B=16, the character transformer at B=32."""
     make = {"sgd": sgd, "adamw": adamw}[optimizer]
     return [
-        Case("mlp", mlp, _vectors, make, 60_000),
-        Case("convnet", DigitsConvNet, _images, make, 1_437, 8000),
-        Case("transformer", CharacterTransformer, _tokens, make, 6_500),
+        Case("mlp", mlp, vectors, make, 60_000),
+        Case("convnet", digits_convnet, images, make, 1_437, 8000),
+        Case("transformer", character_transformer, tokens, make, 6_500),
     ]
 
 
@@ -88,6 +100,66 @@ def timed(function: Callable[[], Any]) -> float:
     began = perf_counter()
     function()
     return perf_counter() - began
+
+
+def interleaved(runs: Mapping[str, tuple[Callable[[], Any], int]]) -> dict[str, list[float]]:
+    """Times of each function, called as often as it asks, the calls of all spread over the same period."""
+    turns = [(k / max(1, count - 1), name) for name, (_, count) in runs.items() for k in range(count)]
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _, name in sorted(turns, key=lambda turn: turn[0]):
+        times[name].append(timed(runs[name][0]))
+    return times
+
+
+class Loop:
+    """A user's training loop, one step at a time."""
+
+    def __init__(
+        self, case: Case, observables: list[Observable] | None = None, *, plain: bool = False
+    ) -> None:
+        torch.manual_seed(0)
+        self.case = case
+        self.model = case.make_model().train()
+        self.optimizer = case.make_optimizer(self.model)
+        self.data = batches(case)
+        self.monitor = None
+        if not plain:
+            self.monitor = Monitor(
+                self.model, self.optimizer, observables, dataset_size=case.dataset_size, on_error="raise"
+            )
+
+    def step(self) -> None:
+        x, y = next(self.data)
+        if self.monitor is None:
+            self.case.loss(self.model(x), y).backward()
+        else:
+            with self.monitor.micro_batch(x, y):
+                self.case.loss(self.model(x), y).backward()
+            self.monitor.before_step()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def in_turn(plain: Loop, measured: Loop, count: int) -> list[tuple[float, float]]:
+    """Times of plain and measured steps, each going first every other time."""
+    pairs = []
+    for i in range(count):
+        if i % 2:
+            extra, base = timed(measured.step), timed(plain.step)
+        else:
+            base, extra = timed(plain.step), timed(measured.step)
+        pairs.append((base, extra))
+    return pairs
+
+
+def cost_in_steps(case: Case, observable: Observable, repeats: int) -> float:
+    """Median extra time of a step on which the observable is due, over the median plain step."""
+    plain, measured = Loop(case, plain=True), Loop(case, [observable])
+    for loop in (plain, measured, plain, measured):
+        loop.step()
+    pairs = in_turn(plain, measured, repeats)
+    base = median(p for p, _ in pairs)
+    return median(m - p for p, m in pairs) / base
 
 
 def environment() -> dict[str, Any]:
@@ -106,3 +178,17 @@ def save(name: str, result: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
     return path
+
+
+def saved_results(name: str) -> dict[str, Any]:
+    """The last saved run: what is measured anew replaces its rows, the others are kept."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["results"] if path.exists() else {}
+
+
+def into_readme(mark: str, table: str) -> None:
+    """Put the table between its marks."""
+    text = README.read_text()
+    begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+    before, _, rest = text.partition(begin)
+    README.write_text(before + begin + table + "\n" + end + rest.partition(end)[2])

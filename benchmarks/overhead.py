@@ -11,23 +11,19 @@ machine that changes its speed changes both.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import warnings
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 import lightning as L
 import torch
-from common import RESULTS, Case, batches, cases, save, timed
+from common import Case, Loop, cases, cost_in_steps, in_turn, into_readme, save, saved_results, timed
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradiometer import (
     FluctuationDissipation,
     GradientNoiseScale,
     JacobianNorm,
-    Monitor,
     NeuralTangentKernel,
     Observable,
     at,
@@ -36,57 +32,6 @@ from gradiometer import (
 from gradiometer.callbacks import DynamicsMonitor
 
 NEVER = at([10**9])
-
-
-class Loop:
-    """A user's training loop, one step at a time."""
-
-    def __init__(
-        self, case: Case, observables: list[Observable] | None = None, *, plain: bool = False
-    ) -> None:
-        torch.manual_seed(0)
-        self.case = case
-        self.model = case.make_model().train()
-        self.optimizer = case.make_optimizer(self.model)
-        self.data = batches(case)
-        self.monitor = None
-        if not plain:
-            self.monitor = Monitor(
-                self.model, self.optimizer, observables, dataset_size=case.dataset_size, on_error="raise"
-            )
-
-    def step(self) -> None:
-        x, y = next(self.data)
-        if self.monitor is None:
-            self.case.loss(self.model(x), y).backward()
-        else:
-            with self.monitor.micro_batch(x, y):
-                self.case.loss(self.model(x), y).backward()
-            self.monitor.before_step()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-def in_turn(plain: Loop, measured: Loop, count: int) -> list[tuple[float, float]]:
-    """Times of plain and measured steps, each going first every other time."""
-    pairs = []
-    for i in range(count):
-        if i % 2:
-            extra, base = timed(measured.step), timed(plain.step)
-        else:
-            base, extra = timed(plain.step), timed(measured.step)
-        pairs.append((base, extra))
-    return pairs
-
-
-def cost_in_steps(case: Case, observable: Observable, repeats: int) -> float:
-    """Median extra time of a step on which the observable is due, over the median plain step."""
-    plain, measured = Loop(case, plain=True), Loop(case, [observable])
-    for loop in (plain, measured, plain, measured):
-        loop.step()
-    pairs = in_turn(plain, measured, repeats)
-    base = median(p for p, _ in pairs)
-    return median(m - p for p, m in pairs) / base
 
 
 def events(observable: Observable) -> dict[str, tuple[Observable, float]]:
@@ -176,7 +121,6 @@ def measure(case: Case, quick: bool) -> dict[str, Any]:
 
 
 GROUPS = ("ntk", "jacobian", "noise", "fdr")
-README = Path(__file__).parents[1] / "README.md"
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -193,20 +137,6 @@ def markdown(results: dict[str, Any]) -> str:
             cells += [f"{100 * result[share]:.1f} %" for share in shares]
             lines.append("| " + " | ".join([name, optimizer, *cells]) + " |")
     return "\n".join(lines)
-
-
-def saved_results() -> dict[str, Any]:
-    """The last saved run; ``--models`` replaces the rows it measures and keeps the others."""
-    path = RESULTS / "overhead.json"
-    return json.loads(path.read_text())["results"] if path.exists() else {}
-
-
-def into_readme(table: str) -> None:
-    """Put the table between its marks."""
-    text = README.read_text()
-    begin, end = "<!-- overhead -->\n", "<!-- /overhead -->"
-    before, _, rest = text.partition(begin)
-    README.write_text(before + begin + table + "\n" + end + rest.partition(end)[2])
 
 
 def main() -> None:
@@ -226,11 +156,11 @@ def main() -> None:
     print("Cost of one record in training steps (share of the loop at the default cadence)\n")
     print(markdown(results))
     if not options.quick:
-        kept = saved_results()
+        kept = saved_results("overhead")
         for optimizer, models in results.items():
             kept.setdefault(optimizer, {}).update(models)
         print(f"\nsaved: {save('overhead', {'results': kept})}")
-        into_readme(markdown(kept))
+        into_readme("overhead", markdown(kept))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,27 @@
-"""The benchmark runs in its short form, and the README shows the figures of its last saved run."""
+"""The benchmarks run in their short form, and the README shows the figures of their last saved runs."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+import torch
+from torch import nn
+
+from gradiometer.demo.characters import Block, PositionEmbedding
+
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def ntk(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import ntk
+
+    return ntk
 
 
 def test_overhead_runs_quickly_and_prints_its_table():
@@ -23,3 +39,54 @@ def test_readme_shows_the_saved_run(monkeypatch):
     saved = json.loads((ROOT / "benchmarks/results/overhead.json").read_text())
     assert overhead.markdown(saved["results"]) in (ROOT / "README.md").read_text()
     assert saved["environment"]["torch"].startswith("2.13.0")
+
+
+def test_ntk_runs_quickly_and_prints_its_tables():
+    command = [sys.executable, "benchmarks/ntk.py", "--quick"]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # not slowed by whatever else runs
+    run = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for row in ("| conv-trace |", "| demo-convnet |", "| width | 32 | 64 |", "| convnet | sgd |"):
+        assert row in run.stdout
+
+
+def test_peak_memory_is_that_of_one_call(ntk):
+    small, large = (ntk.peak_apart(f"mlp-N{n}-O4-W256-D2-full", "reference") for n in (4, 32))
+    jacobian = 32 * 4 * (784 * 256 + 256 * 256) * 4 / 2**20
+    assert small < jacobian / 4
+    assert jacobian < large < 4 * jacobian
+
+
+def tiny_transformer():
+    layers = [nn.Embedding(96, 8), PositionEmbedding(64, 8), Block(8, 2), nn.LayerNorm(8), nn.Linear(8, 6)]
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("mlp512-full", 16), ("conv-full", 13), ("conv-trace", 3), ("transformer-trace", 4)]
+)
+def test_the_floor_computes_the_kernel(ntk, name, count):
+    kernel = ntk.kernels()[name]
+    if kernel.position:
+        kernel = replace(kernel, make_model=tiny_transformer)
+    model, x = kernel.build()
+    model.double()
+    x = x[:count].double() if x.is_floating_point() else x[:count]
+    expected = ntk.reference(kernel, model, x)
+    outputs = kernel.forward(model, x).shape[1]
+    if kernel.full:
+        expected = expected.permute(0, 2, 1, 3).flatten(2).flatten(0, 1) / outputs
+    each = len(expected) // count
+    total = torch.zeros_like(expected)
+    for part, block in ntk.contractions(kernel, model, x)():
+        begin = part.start * each
+        total[begin : begin + len(block), begin:] += block.detach() / outputs
+    assert torch.allclose(total.triu(), expected.triu(), rtol=1e-9, atol=1e-9)
+
+
+def test_readme_shows_the_saved_kernels(ntk):
+    path = ROOT / "benchmarks/results/ntk.json"
+    if not path.exists():
+        pytest.skip("not run yet")
+    saved = json.loads(path.read_text())
+    assert ntk.markdown(saved["results"]) in (ROOT / "README.md").read_text()

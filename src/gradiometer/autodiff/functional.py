@@ -275,11 +275,17 @@ def check_inputs(model: nn.Module, x: Any) -> None:
     Raises:
         InputError: If the batch is empty, lies on another device than the model, or is not finite.
     """
-    examples(x)
+    count = examples(x)
     home = next((p.device for p in model.parameters()), None)
     for leaf in pytree.tree_leaves(x):
         if not isinstance(leaf, Tensor):
             continue
+        if leaf.ndim and len(leaf) != count:
+            raise InputError(
+                "every tensor of a batch must begin with the examples",
+                got=f"first dimensions {count} and {len(leaf)}",
+                fix="Expand what all examples share, or close over it: forward=lambda model, x: ...",
+            )
         if home is not None and leaf.device != home:
             raise InputError(
                 "inputs and model must be on one device",
@@ -305,6 +311,12 @@ def check_outputs(out: Any, count: int) -> None:
     Raises:
         InputError: With the shape that was found and the ``forward=`` to write.
     """
+    if isinstance(out, Tensor) and out.is_complex():
+        raise InputError(
+            "the outputs must be real",
+            got=f"complex outputs ({out.dtype})",
+            fix="Pass forward=lambda model, x: torch.view_as_real(model(x)).flatten(1).",
+        )
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != count:
         found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise InputError(

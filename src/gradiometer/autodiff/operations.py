@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import vjp, vmap
 from torch.nn import functional
@@ -97,12 +98,14 @@ class Operations(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.paused:
+        if self.paused or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         self._count += 1
         if self._wanted is not None and self._count not in self._wanted:
             return function(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        if any(isinstance(leaf, Tensor) and is_functorch_wrapped_tensor(leaf) for leaf in leaves):
+            return function(*args, **kwargs)
         kept, edges = list(leaves), []
         in_place = out_of_place(function) is not None
         for i, leaf in enumerate(leaves):
@@ -217,7 +220,8 @@ def pull(
         found = rows
     else:
         full = [_like_output(use, i, known[0], count) if g is None else g for i, g in enumerate(gs)]
-        found = {i: Plain(g.flatten(2)) for i, g in zip(use.free, _each(use, now, full, count), strict=True)}
+        each = _each(use, now, full, count)
+        found = {i: Plain(g.reshape(*g.shape[:2], -1)) for i, g in zip(use.free, each, strict=True)}
     factors: list[tuple[str, Factor]] = []
     for i, factor in found.items():
         name = names.get(id(then.leaves[i]))
@@ -246,7 +250,8 @@ def _added(use: Use, g: Tensor, count: int) -> Plain:
     each = g.unflatten(axis.axis + 1, (count, axis.size)).movedim(axis.axis + 1, 1)
     aligned = (1,) * (each.ndim - 2 - len(shape)) + tuple(shape)
     broadcast = [2 + d for d, size in enumerate(aligned) if size == 1 and each.shape[2 + d] != 1]
-    return Plain((each.sum(broadcast, keepdim=True) if broadcast else each).flatten(2))
+    summed = each.sum(broadcast, keepdim=True) if broadcast else each
+    return Plain(summed.reshape(*each.shape[:2], -1))
 
 
 def _as_layer(use: Use, now: Operation, g: Tensor) -> dict[int, Factor] | None:
@@ -307,9 +312,10 @@ def _each(use: Use, now: Operation, gs: Sequence[Tensor], count: int) -> Sequenc
             gradients = vmap(single, in_dims=(in_dims, g_dims), out_dims=1)(moved, cotangents)
     except (RuntimeError, UserWarning):  # no batching rule, as for GRU
         pass
-    corners = [(0, 0), (outputs - 1, count - 1)]
     if gradients is None or not all(
-        equal([gradient[k, n] for gradient in gradients], plainly(n, [k])[0]) for k, n in corners
+        equal([gradient[k, n] for gradient in gradients], plainly(n, [k])[0])
+        for n in {0, count - 1}
+        for k in {0, outputs - 1}
     ):  # a batching rule may be wrong, as that of prelu is in torch 2.13
         each = [plainly(n, range(outputs)) for n in range(count)]
         gradients = [
@@ -348,7 +354,7 @@ def _back(edge: GradientEdge | None, gradient: Tensor, parameters: Mapping[str, 
         stacks = [None if one[0] is None else torch.stack(one) for one in zip(*each, strict=True)]
         grads = tuple(stacks)  # type: ignore[arg-type]
     return {
-        name: grad.unflatten(0, gradient.shape[:2]).flatten(2)
+        name: grad.reshape(*gradient.shape[:2], -1)
         for name, grad in zip(parameters, grads, strict=True)
         if grad is not None
     }

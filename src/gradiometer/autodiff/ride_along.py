@@ -227,6 +227,8 @@ class RideAlong:
 def _cannot(module: nn.Module, a: Tensor, out: Tensor) -> str | None:
     """Why this call has no rule although its type has one."""
     if isinstance(module, nn.Embedding):
+        if module.sparse:
+            return "an Embedding with sparse gradients has no rule"
         if a.ndim == 1:
             return "one-dimensional indices may be positions rather than examples"
     elif out.ndim < 2 or len(out) != len(a):

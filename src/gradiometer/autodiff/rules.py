@@ -46,6 +46,7 @@ def _without_idle_positions(rows: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     if g.shape[3] == 1 or all(ends):
         return rows, g
     busy = (g.abs().amax((0, 1, 2, 4)) > 0).nonzero()[:, 0]
+    busy = busy if len(busy) else busy.new_zeros(1)
     return rows[:, :, busy], g[:, :, :, busy]
 
 
@@ -206,8 +207,8 @@ def exception_to_rule(module: nn.Module, a: Tensor, out: Tensor) -> str | None:
         out: Its output.
     """
     if isinstance(module, nn.Embedding):
-        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-            return "an Embedding with max_norm, scale_grad_by_freq or sparse has no rule"
+        if module.max_norm is not None or module.scale_grad_by_freq:
+            return "an Embedding with max_norm or scale_grad_by_freq has no rule"
     elif isinstance(module, _InstanceNorm):
         if module.training and module.track_running_stats:
             return "an InstanceNorm with running statistics has no rule"

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
@@ -41,51 +42,21 @@ _FUSED = [
     SDPBackend.MATH,
 ]
 """Attention for backward passes taken in turn; batched ones need the plain form."""
-_BATCHES_WELL = frozenset(
+_KEEPS_EXAMPLES = frozenset(
     f"{name}Backward0"
-    for name in [
-        "Add",
-        "Addmm",
-        "AddmmActivation",
-        "Adaptive",
-        "AvgPool2D",
-        "Bmm",
-        "Cat",
-        "Clone",
-        "Convolution",
-        "Div",
-        "Embedding",
-        "Expand",
-        "Gelu",
-        "Mean",
-        "Mm",
-        "Mul",
-        "NativeLayerNorm",
-        "Permute",
-        "Relu",
-        "Reshape",
-        "ReshapeAlias",
-        "Select",
-        "Sigmoid",
-        "Silu",
-        "Slice",
-        "Softmax",
-        "Split",
-        "Squeeze",
-        "Stack",
-        "Sub",
-        "Sum",
-        "T",
-        "Tanh",
-        "Threshold",
-        "Transpose",
-        "Unbind",
-        "UnsafeView",
-        "Unsqueeze",
-        "View",
-    ]
+    for name in (
+        *("Add", "Addmm", "AdaptiveAvgPool2D", "AvgPool2D", "Bmm", "Clone", "Convolution", "Div", "Expand"),
+        *("Gelu", "Mean", "Mm", "Mul", "NativeBatchNorm", "NativeLayerNorm", "Permute", "Relu"),
+        *("ScaledDotProductFlashAttentionForCpu", "Sigmoid", "Silu", "Softmax", "Sub", "Sum", "T", "Tanh"),
+        *("Transpose", "UnsafeView", "Unsqueeze", "View"),
+    )
 ) | {"torch::autograd::AccumulateGrad"}
-"""Derivatives whose batching rules are trusted; with any other one, one output is computed both ways."""
+"""Derivatives that neither move examples nor hide a use of a parameter, with batching rules to be trusted."""
+_MOVES = frozenset(
+    f"{name}Backward0"
+    for name in ("Cat", "Embedding", "Select", "Slice", "Split", "Squeeze", "Stack", "Unbind")
+)
+"""Derivatives with batching rules to be trusted that might move examples. All others are checked."""
 
 _ONE_BY_ONE = {"cpu": 2**19}
 _ONE_BY_ONE_ELSEWHERE = 2**25
@@ -169,16 +140,21 @@ class LayerTape:
                 fix="Call model.requires_grad_(True) on the part that is trained; see that the forward "
                 "does not detach or run under no_grad.",
             )
-        if [call.path for call in one.calls] != [call.path for call in two.calls]:
-            raise _another_course()
         self._alone = one.output.detach()
+        if [call.path for call in one.calls] != [call.path for call in two.calls]:
+            self.shape, self.dtype, self.device = one.output.shape, one.output.dtype, one.output.device
+            _check_independence(self._alone, two.output, str)
+            self._apart = list(self.parameters)
+            self._example_bytes = self._weigh(one, one.saved_bytes)
+            return
         _check_independence(self._alone, two.output, lambda: _culprit(one, two))
         self.shape, self.dtype, self.device = one.output.shape, one.output.dtype, one.output.device
         self._axes = [
             _axis_of_call(first, second) for first, second in zip(one.calls, two.calls, strict=True)
         ]
         nodes = _reachable(one.output)
-        self._trusted = {node.name() for node in nodes} <= _BATCHES_WELL
+        kinds = {node.name() for node in nodes}
+        self._trusted = kinds <= _KEEPS_EXAMPLES | _MOVES
         uses = _uses_of_parameters(nodes, self._names)
         served: dict[str, int] = dict.fromkeys(self.parameters, 0)
         odd: set[str] = set()
@@ -204,43 +180,56 @@ class LayerTape:
             except UnmatchedError:
                 self._apart = sorted(rest)
         self._example_bytes = self._weigh(one, saved)
-        if rest - set(self._apart) or odd:
-            wrong = self._wrong(x2, two, (rest - set(self._apart)) | odd)
-            self._apart = sorted({*self._apart, *wrong})
+        doubtful = odd | rest
+        if not self._trusted:
+            doubtful = set(self.parameters)
+        elif not kinds <= _KEEPS_EXAMPLES:  # one parameter of each layer tells whether its examples moved
+            for module in {id(call.module): call.module for call in one.calls}.values():
+                own = [p for p in module._parameters.values() if p is not None and id(p) in self._names]
+                doubtful.add(self._names[id(min(own, key=lambda p: p.numel()))])
+        doubtful -= {*self._apart, *self.unsupported}
+        if doubtful:
+            self._check(x2, one, two, sorted(doubtful))
 
-    def _wrong(self, x2: Any, two: _Pass, names: Collection[str]) -> set[str]:
-        """Parameters whose gradients for two examples are not what autograd says."""
-        try:
-            recording = Recording(self, x2, two, 2)
-            rows = recording.output.new_zeros(2, *recording.output.shape)
-            generator = torch.Generator().manual_seed(0)
-            drawn = torch.randn(recording.output.shape, generator=generator, dtype=torch.float64).to(rows)
-            rows[0, 0], rows[1, 1] = drawn[0], drawn[1]
-            sides = recording.sides(rows, [name for name in names if name not in self._apart])
-        except (UnsupportedError, RuntimeError):
-            return set(names)
-        kept = {name: self.parameters[name] for name in names if name not in self._apart}
-        true = [
-            torch.autograd.grad(
-                recording.output, list(kept.values()), row, retain_graph=True, allow_unused=True
-            )
-            for row in rows
-        ]
+    def _check(self, x2: Any, one: _Pass, two: _Pass, names: list[str]) -> None:
+        """Compare gradients for two examples with autograd's; what is wrong is taken example by example."""
+        kept = [self.parameters[name] for name in names]
+
+        def true(output: Tensor, row: Tensor) -> list[Tensor]:
+            grads = torch.autograd.grad(output, kept, row, retain_graph=True, allow_unused=True)
+            dense = [torch.zeros_like(p) if g is None else g for p, g in zip(kept, grads, strict=True)]
+            return [(g.to_dense() if g.is_sparse else g).reshape(-1) for g in dense]
+
+        rows = two.output.new_zeros(2, *two.output.shape)
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(two.output.shape, generator=generator, dtype=torch.float64).to(rows)
+        rows[0, 0], rows[1, 1] = drawn[0], drawn[1]
+        expected = [true(two.output, row) for row in rows]
+        whole = sum(float(g.norm()) for g in expected[0])
+        for name, alone, together in zip(names, true(one.output, drawn[:1]), expected[0], strict=True):
+            if not _close(alone, together, whole):
+                raise _coupled(f"; the gradient of parameter {name!r} shows it")
+        passes = [(x2, two, expected)]
+        if not self._trusted:  # what orders the examples may have left these two alone
+            turned = pytree.tree_map(lambda t: t.flip(0) if isinstance(t, Tensor) and t.ndim else t, x2)
+            again = self._watch(turned, set(self._uses))
+            passes.append((turned, again, [true(again.output, row) for row in rows]))
         wrong = set()
-        for i, name in enumerate(kept):
-            wide = torch.promote_types(kept[name].dtype, torch.float32)
-            found = torch.zeros(2, 2, kept[name].numel(), dtype=wide, device=kept[name].device)
-            if name in sides:
-                found += sides[name].dense()
-            for k, grads in enumerate(true):
-                grad = grads[i]
-                expected = torch.zeros_like(found)[0]
-                if grad is not None:
-                    expected[k] = grad.detach().reshape(-1).to(wide)
-                scale = expected.norm() + found[k].norm()
-                if not bool((found[k] - expected).norm() <= 1e3 * torch.finfo(wide).eps * scale):
-                    wrong.add(name)
-        return wrong
+        for x, seen, gradients in passes:
+            try:
+                sides = Recording(self, x, seen, 2).sides(rows, names)
+            except (UnsupportedError, RuntimeError):
+                sides = {}
+            for i, name in enumerate(names):
+                found = sides[name].dense() if name in sides else rows.new_zeros(2, 2, kept[i].numel())
+                for k, n in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                    gradient = gradients[k][i] if k == n else torch.zeros_like(gradients[k][i])
+                    if not _close(found[k, n], gradient, float(gradients[k][i].norm()) + 1e-2 * whole):
+                        wrong.add(name)
+        for module in self._model.modules():  # where one is wrong, so are those that were not looked at
+            own = {self._names[id(p)] for p in module._parameters.values() if id(p) in self._names}
+            wrong |= own if own & wrong else set()
+        self._apart = sorted({*self._apart, *wrong})
 
     def _behind_checkpoints(self, one: _Pass, nodes: set[Node]) -> dict[str, str]:
         """Parameters whose gradient would pass through a reentrant checkpoint."""
@@ -260,8 +249,8 @@ class LayerTape:
         forward = saved
         cotangents = explicit = 0
         wide = max(4, one.output.element_size())
-        for call, axis in zip(one.calls, self._axes, strict=True):
-            if axis is None:
+        for i, call in enumerate(one.calls):
+            if not self._axes or self._axes[i] is None:
                 continue
             self._elements += call.shape.numel()
             cotangents += wide * call.shape.numel()
@@ -314,6 +303,8 @@ class LayerTape:
         """
         with sdpa_kernel(_FUSED) if self.in_turn(examples(x)) else nullcontext():
             seen = self._watch(x, set(self._uses))
+        if not self._axes:
+            seen.calls = []
         if len(seen.calls) != len(self._axes) or set(seen.operations) != set(self._uses):
             raise _another_course()
         recording = Recording(self, x, seen, examples(x))
@@ -332,7 +323,7 @@ class LayerTape:
             if id(tensor) not in own:
                 storage = tensor.untyped_storage()
                 saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # the tensor itself would hold its own graph for ever
 
         with _hooks(self, seen, mode), ExitStack() as stack:
             if weigh:
@@ -355,7 +346,7 @@ def _hooks(tape: LayerTape, seen: _Pass, operations: Operations | None) -> Itera
 
     def after(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or not isinstance(out, Tensor) or not out.requires_grad:
                 seen.hidden.add(path)
                 return
             if operations is not None:
@@ -612,6 +603,8 @@ def _check_parameters(model: nn.Module, parameters: dict[str, nn.Parameter]) -> 
                 fix="Hold real and imaginary parts as two real parameters, or freeze it.",
             )
     for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise _coupled(f"; module {path!r} ({type(module).__name__}) has no running statistics")
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
             raise UnsupportedError(
                 f"module {path!r} rescales its own weights in every forward (max_norm), so that measuring "
@@ -623,8 +616,22 @@ def _check_parameters(model: nn.Module, parameters: dict[str, nn.Parameter]) -> 
 def _another_course() -> UnsupportedError:
     return UnsupportedError(
         "the model takes another course for other examples, and cannot be recorded in one batch",
-        fix="Pass chunk_size=1, or forward= for a part of the model that is the same for all.",
+        fix="Pass forward= for a part of the model that is the same for all.",
     )
+
+
+def _coupled(detail: str) -> UnsupportedError:
+    return UnsupportedError(
+        "the outputs for one example change with the others in the batch, so that no example has a gradient "
+        "of its own" + detail,
+        fix="Use layers that treat examples one by one (BatchNorm with running statistics, GroupNorm).",
+    )
+
+
+def _close(found: Tensor, true: Tensor, scale: float) -> bool:
+    """Equal up to the rounding of numbers of this size."""
+    rough = max(torch.finfo(kind).eps for kind in (found.dtype, true.dtype))
+    return float((found.double() - true.double()).norm()) <= 1e3 * rough * scale
 
 
 def _check_independence(alone: Tensor, together: Tensor, detail: Callable[[], str]) -> None:
@@ -632,11 +639,7 @@ def _check_independence(alone: Tensor, together: Tensor, detail: Callable[[], st
     difference = (alone - together.detach()[:1]).abs().max()
     tolerance = max(1e-2, 20 * torch.finfo(alone.dtype).eps)
     if bool(difference > tolerance * together.abs().max()):
-        raise UnsupportedError(
-            "the outputs for one example change with the others in the batch, so that no example has a "
-            "gradient of its own" + detail(),
-            fix="Use layers that treat examples one by one (BatchNorm with running statistics, GroupNorm).",
-        )
+        raise _coupled(detail())
 
 
 def _culprit(one: _Pass, two: _Pass) -> str:
@@ -670,5 +673,5 @@ def _check_size(path: str, shape: torch.Size, axis: Axis, count: int) -> None:
         raise UnsupportedError(
             f"the output of module {path!r} does not grow with the batch as it did for two examples",
             got=f"{list(shape)} for {count} examples",
-            fix="Pass chunk_size=1, or forward= for the part of the model that treats examples one by one.",
+            fix="Pass forward= for the part of the model that treats examples one by one.",
         )

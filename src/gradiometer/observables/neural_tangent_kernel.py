@@ -209,9 +209,18 @@ def _kernel(
         _check_alike(x, x2)
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
 
+    widths: set[int] = set()
+
     def function(batch: Any) -> Tensor:
         out = (forward or call)(model, batch)
         check_outputs(out, examples(batch))
+        widths.add(out.shape[1])
+        if len(widths) > 1:
+            raise InputError(
+                "the number of outputs must be the same for all examples",
+                got=f"{min(widths)} and {max(widths)} outputs",
+                fix="Pass forward= that selects the same outputs for all.",
+            )
         return out
 
     with measuring(model):
