@@ -32,17 +32,18 @@ from gradiometer import (
 from gradiometer.callbacks import DynamicsMonitor
 
 NEVER = at([10**9])
+RUN = 10_000  # steps over which cadences are counted
 
 
 def events(observable: Observable) -> dict[str, tuple[Observable, float]]:
     """An observable's kinds of event: the observable due on every step, and how often that is, per step."""
     kind = type(observable)
-    record = observable.schedule.steps
+    recorded = sum(observable.due(step) for step in range(RUN))
+    sampled = sum(observable.samples(step) for step in range(RUN)) - recorded
     every_step: dict[str, Any] = {"schedule": every(1)}
-    found = {"record": (kind(**every_step), 1 / record)}
-    if observable.sampling is not None:
-        rate = 1 / observable.sampling.steps - 1 / record
-        found["sample"] = (kind(schedule=at([0]), sampling=every(1)), rate)
+    found = {"record": (kind(**every_step), recorded / RUN)}
+    if sampled:
+        found["sample"] = (kind(schedule=at([0]), sampling=every(1)), sampled / RUN)
     return found
 
 

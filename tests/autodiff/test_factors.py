@@ -39,7 +39,7 @@ def outer_dense(f):
 @pytest.mark.parametrize("block", [2**24, 8])
 def test_outer_norms_and_dense(positions, block, monkeypatch):
     """Both contractions, in one piece and example by example."""
-    monkeypatch.setattr(factors, "_BLOCK", block)
+    monkeypatch.setattr(factors, "BLOCK", block)
     f = outer(groups=2, t=positions, i=7)
     close(f.dense(torch.Size([8, 7])), outer_dense(f))
     close(f.sq_norms(), outer_dense(f).square().sum(-1))
@@ -104,7 +104,7 @@ def shape_of(uses):
 @pytest.mark.parametrize("weight", [1.0, 0.3, "entries"])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_gram_is_the_product_of_explicit_gradients(pair, weight, block, mode, monkeypatch):
-    monkeypatch.setattr(factors, "_BLOCK", block)
+    monkeypatch.setattr(factors, "BLOCK", block)
     left, right = PAIRS[pair](0), PAIRS[pair](10)
     shape = shape_of(left)
     weight = draws(*shape, seed=3).square() if weight == "entries" else weight
@@ -140,7 +140,7 @@ def test_gram_matrix_mirrors_what_it_computes():
 @pytest.mark.parametrize("weight", [1.0, "entries"])
 def test_a_sketch_is_the_same_random_map_for_all_examples(pair, weight, monkeypatch):
     """Additive over examples, whatever the form; drawn in blocks."""
-    monkeypatch.setattr(factors, "_BLOCK", 64)
+    monkeypatch.setattr(factors, "BLOCK", 64)
     uses = PAIRS[pair](0)
     shape = shape_of(uses)
     weight = draws(*shape, seed=3).square() if weight == "entries" else weight

@@ -26,7 +26,7 @@ from ..linalg import gram_matrix
 Mode = Literal["trace", "diagonal", "full"]
 Weight = float | Tensor
 
-_BLOCK = 2**21
+BLOCK = 2**21
 """Elements of explicit gradients formed at one time: 8 MB in float32, about one cache."""
 
 
@@ -55,7 +55,7 @@ class Outer:
         if positions == 1:
             return (self.a.square().sum(-1) * self.g.square().sum(-1)).sum((2, 3))
         by_positions = positions * (inputs + width) < inputs * width
-        size = max(1, _BLOCK // (groups * (positions**2 if by_positions else inputs * width)))
+        size = max(1, BLOCK // (groups * (positions**2 if by_positions else inputs * width)))
         norms = self.g.new_empty(outputs, batch)
         for k in range(outputs):
             for i in range(0, batch, size):
@@ -308,7 +308,7 @@ def _by_columns(left: Outer, right: Outer, weight: Weight, mode: Mode, same: boo
         right = left if same else right.joined_outputs()
     inputs = left.a.shape[-1]
     held = max(len(side.g) * len(side.a) for side in (left, right)) * left.g.shape[2] * left.g.shape[4]
-    step = max(1, _BLOCK // held)
+    step = max(1, BLOCK // held)
     total: Tensor | None = None
     for begin in range(0, inputs, step):
         end = min(begin + step, inputs)
@@ -342,7 +342,7 @@ def _by_gram(
         left, right = (side.permute(2, 1, 0, 3).flatten(2) for side in (left, right))
         product = gram_matrix(left, right, same=same) * a
         return product[0] if groups == 1 else product.sum(0)
-    size = max(1, _BLOCK // (groups * t * m * s * (outputs if mode == "full" else 1)))
+    size = max(1, BLOCK // (groups * t * m * s * (outputs if mode == "full" else 1)))
     blocks = []
     for begin in range(0, n, size):
         some = slice(begin, begin + size)
@@ -388,7 +388,7 @@ def _rows(left: Rows, right: Rows, weight: Weight, mode: Mode, same: bool) -> Te
     first = numbers[0].view_as(left.index)
     second = first if same else numbers[1].view_as(right.index)
     held = max(len(left.g) * len(left.index), len(right.g) * len(right.index))
-    step = max(1, 4 * _BLOCK // (held * left.g.shape[-1]))
+    step = max(1, 4 * BLOCK // (held * left.g.shape[-1]))
     total: Tensor | None = None
     for begin in range(0, len(touched), step):
         end = min(begin + step, len(touched))
@@ -407,7 +407,7 @@ def _rows_by_outer(rows: Rows, outer: Outer, mode: Mode) -> Tensor:
     k, n, t, _ = rows.g.shape
     outputs, m, _, s, _ = outer.g.shape
     a, g = outer.a[:, 0], outer.g[:, :, 0]
-    size = max(1, _BLOCK // (t * m * s * (k + outputs)))
+    size = max(1, BLOCK // (t * m * s * (k + outputs)))
     blocks = []
     for begin in range(0, n, size):
         index = rows.index[begin : begin + size]
@@ -444,7 +444,7 @@ def sketch(sides: Sequence[Side], size: int, generator: torch.Generator) -> Tens
         dense = None if isinstance(outer, Outer) else side.dense()
         rows = side.shape.numel() // outer.a.shape[-1] if isinstance(outer, Outer) else 1
         length = side.shape.numel() // rows
-        step = max(1, _BLOCK // (rows * size))
+        step = max(1, BLOCK // (rows * size))
         for begin in range(0, length, step):
             end = min(begin + step, length)
             drawn = torch.randn(rows * (end - begin), size, generator=generator, dtype=torch.float32)

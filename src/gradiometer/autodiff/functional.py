@@ -101,8 +101,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
         >>> net.training
         True
     """
-    kept = [(module, module.training, _attributes(module)) for module in model.modules()]
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    state = State(model)
     devices = {p.device for p in model.parameters()}
     python_state = random.getstate()
     numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is what must be kept
@@ -116,37 +115,52 @@ def measuring(model: nn.Module) -> Iterator[None]:
             if kind in ("cpu", "cuda", "xpu", "hpu"):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         try:
-            for module, _, _ in kept:
+            for module in model.modules():
                 module.training = False
             yield
         finally:
-            with torch.no_grad():
-                for buffer, version, before in buffers:
-                    if buffer._version != version:
-                        buffer.copy_(before)
-            for module, mode, attributes in kept:
-                _restore(module, attributes)
-                module.training = mode
+            state.restore()
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-_TABLES = ("_parameters", "_buffers", "_modules")
+class State:
+    """What a forward may change on a model's modules: modes, attributes, buffers.
 
+    Args:
+        model: The module.
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """A module's own attributes, and copies of its three tables."""
-    return {**vars(module), **{name: dict(vars(module)[name]) for name in _TABLES}}
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> state = State(net)
+        >>> net.seen = 3
+        >>> state.restore()
+        >>> hasattr(net, "seen")
+        False
+    """
 
+    _TABLES = ("_parameters", "_buffers", "_modules")
 
-def _restore(module: nn.Module, attributes: dict[str, Any]) -> None:
-    """Put attributes back; the tables stay the objects they are."""
-    tables = {name: vars(module)[name] for name in _TABLES}
-    for name, table in tables.items():
-        table.clear()
-        table.update(attributes[name])
-    vars(module).clear()
-    vars(module).update({**attributes, **tables})
+    def __init__(self, model: nn.Module) -> None:
+        self._attributes = [(module, self._of(module)) for module in model.modules()]
+        self._buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+
+    def _of(self, module: nn.Module) -> dict[str, Any]:
+        return {**vars(module), **{name: dict(vars(module)[name]) for name in self._TABLES}}
+
+    def restore(self) -> None:
+        """Put everything back."""
+        with torch.no_grad():
+            for buffer, version, before in self._buffers:
+                if buffer._version != version:
+                    buffer.copy_(before)
+        for module, attributes in self._attributes:
+            tables = {name: vars(module)[name] for name in self._TABLES}
+            for name, table in tables.items():
+                table.clear()
+                table.update(attributes[name])
+            vars(module).clear()
+            vars(module).update({**attributes, **tables})
 
 
 class _Call(nn.Module):

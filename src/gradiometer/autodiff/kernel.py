@@ -19,7 +19,6 @@ from .tape import LayerTape, Recording
 FREE_SHARE = 0.25
 """Share of the free memory that a kernel may take when nothing else is asked for."""
 _UNKNOWN_MEMORY = 2**30
-_WORKSPACE = 2**25
 
 
 def memory_limit(device: torch.device) -> int:
@@ -174,13 +173,13 @@ def _pieces(tape: LayerTape, batches: list[Any], request: KernelRequest) -> tupl
     limit = request.max_memory or memory_limit(request.rows.device)
     if request.mode != "full" and tape.in_turn(count):
         outputs = 1
-    largest = max(tape.parameters[name].numel() for name in request.names)
+    pairs_kept = 3 if request.mode == "full" else 0  # the product of all pairs, and what it is made of
 
     def needed(count: int, outputs: int) -> int:
         held = 1 if len(batches) == 1 and count == most else 2
         held = 2 if request.mode == "full" and outputs < len(request.rows) else held
-        workspace = min(_WORKSPACE, 12 * count * outputs * largest)
-        return held * tape.bytes_needed(count, outputs) + workspace
+        products = 8 * (count * outputs) ** 2 * pairs_kept
+        return held * tape.bytes_needed(count, outputs) + tape.workspace(count * outputs) + products
 
     while needed(count, outputs) > limit:
         examples_first = request.mode == "full" and count > 1 and request.chunk_size is None

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import vjp, vmap
 from torch.nn import functional
@@ -68,6 +67,10 @@ class Operation:
         return found
 
 
+def _edge(value: Any) -> GradientEdge | None:
+    return get_gradient_edge(value) if isinstance(value, Tensor) and value.requires_grad else None
+
+
 @dataclass(frozen=True)
 class Use:
     """An operation in which parameters meet the examples."""
@@ -104,17 +107,21 @@ class Operations(TorchFunctionMode):
         if self._wanted is not None and self._count not in self._wanted:
             return function(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        if any(isinstance(leaf, Tensor) and is_functorch_wrapped_tensor(leaf) for leaf in leaves):
+        try:
+            edges = [_edge(leaf) for leaf in leaves]
+        except RuntimeError:  # inside a transform of the model's own
             return function(*args, **kwargs)
-        kept, edges = list(leaves), []
+        kept = list(leaves)
         in_place = out_of_place(function) is not None
         for i, leaf in enumerate(leaves):
-            tensor = isinstance(leaf, Tensor)
-            edges.append(get_gradient_edge(leaf) if tensor and leaf.requires_grad else None)
-            if tensor and not isinstance(leaf, nn.Parameter):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
                 kept[i] = leaf.detach().clone() if in_place else leaf.detach()
         out = function(*args, **kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        try:
+            ends = [_edge(t) for t in tensors]
+        except RuntimeError:
+            return out
         if tensors:
             self._operations[self._count] = Operation(
                 function=function,
@@ -122,7 +129,9 @@ class Operations(TorchFunctionMode):
                 edges=edges,
                 spec=spec,
                 versions=[leaf._version if isinstance(leaf, Tensor) else 0 for leaf in kept],
-                outputs=[(t.shape, get_gradient_edge(t)) if t.requires_grad else None for t in tensors],
+                outputs=[
+                    None if edge is None else (t.shape, edge) for t, edge in zip(tensors, ends, strict=True)
+                ],
                 made=tensors if self._wanted is None else [],
                 kept=kept,
                 call=self.call,
@@ -134,7 +143,7 @@ def meetings(
     one: Mapping[int, Operation],
     two: Mapping[int, Operation],
     parameters: set[int],
-    served: Sequence[bool],
+    served: Collection[int],
 ) -> dict[int, Use]:
     """The operations in which tensors made of parameters alone meet tensors that hold examples.
 
@@ -142,7 +151,7 @@ def meetings(
         one: Operations on one example.
         two: The same on two.
         parameters: ``id`` of each parameter looked for.
-        served: Which layer calls have a rule; what happens inside them does not count.
+        served: Numbers of the layer calls that a rule serves; what happens inside them does not count.
 
     Raises:
         UnmatchedError: If the two do not match.
@@ -154,8 +163,7 @@ def meetings(
     for number, first in one.items():
         second = two[number]
         met = [i for i, leaf in enumerate(first.leaves) if isinstance(leaf, Tensor) and id(leaf) in free]
-        inside = first.call is not None and served[first.call]
-        if not met or not any(first.outputs) or inside:
+        if not met or not any(first.outputs) or first.call in served:
             continue
         if first.function is not second.function or len(first.made) != len(second.made):
             raise UnmatchedError

@@ -28,8 +28,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
-from .factors import Factor, Plain, Side, Weight, add
-from .functional import examples, take
+from .factors import BLOCK, Factor, Plain, Side, Weight, add
+from .functional import State, examples, take
 from .operations import Axis, Operation, Operations, UnmatchedError, Use, equal, grown, meetings, pull
 from .rules import RULES, Gradients, batch_axis_must_lead, exception_to_rule
 
@@ -67,6 +67,7 @@ _ONE_BY_ONE_ELSEWHERE = 2**25
 class _Call:
     """One call of a module whose type has a rule."""
 
+    number: int
     path: str
     module: nn.Module
     a: Tensor
@@ -114,6 +115,7 @@ class LayerTape:
     def __init__(self, model: nn.Module, function: Function, x: Any) -> None:
         self._model = model
         self._function = function
+        self._state = State(model)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._names = {id(p): name for name, p in self.parameters.items()}
         _check_parameters(model, self.parameters)
@@ -125,6 +127,7 @@ class LayerTape:
         self._apart: list[str] = []
         self.batched = True
         self._elements = 0
+        self._widest = 0
         pilot = take(x, slice(0, 2))
         if examples(x) == 1:
             pilot = pytree.tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) else t, pilot)
@@ -171,12 +174,11 @@ class LayerTape:
         if rest:
             one, two = self._watch(x1), self._watch(x2)
             try:
-                self._uses = meetings(
-                    one.operations,
-                    two.operations,
-                    {id(self.parameters[name]) for name in rest},
-                    [axis is not None for axis in self._axes],
-                )
+                served_calls = {
+                    call.number for call, axis in zip(one.calls, self._axes, strict=True) if axis is not None
+                }
+                wanted = {id(self.parameters[name]) for name in rest}
+                self._uses = meetings(one.operations, two.operations, wanted, served_calls)
             except UnmatchedError:
                 self._apart = sorted(rest)
         self._example_bytes = self._weigh(one, saved)
@@ -253,6 +255,9 @@ class LayerTape:
             if not self._axes or self._axes[i] is None:
                 continue
             self._elements += call.shape.numel()
+            if call.shape.numel() != call.shape[-1] or not isinstance(call.module, nn.Linear):  # positions
+                own = [p.numel() for p in call.module._parameters.values() if p is not None]
+                self._widest = max(self._widest, *own)
             cotangents += wide * call.shape.numel()
             patch = 1
             if isinstance(call.module, (_ConvNd, _ConvTransposeNd)):
@@ -278,6 +283,14 @@ class LayerTape:
         """
         forward, cotangents, explicit = self._example_bytes
         return count * (forward + outputs * (cotangents + explicit))
+
+    def workspace(self, pairs: int) -> int:
+        """Bytes for blocks of explicit gradients.
+
+        Args:
+            pairs: Examples times outputs at a time.
+        """
+        return 3 * 4 * min(BLOCK, pairs * self._widest)
 
     def in_turn(self, count: int) -> bool:
         """Whether one backward pass for this many examples is work enough to take outputs in turn.
@@ -326,6 +339,7 @@ class LayerTape:
             return tensor.detach()  # the tensor itself would hold its own graph for ever
 
         with _hooks(self, seen, mode), ExitStack() as stack:
+            stack.callback(self._state.restore)  # a model that remembers must not see its last call
             if weigh:
                 stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
             if mode is not None:
@@ -339,22 +353,28 @@ class LayerTape:
 def _hooks(tape: LayerTape, seen: _Pass, operations: Operations | None) -> Iterator[None]:
     """See the calls of modules with a rule, and tell operations in which call they happen."""
     handles = []
+    number = 0
 
     def before(module: nn.Module, args: Any) -> None:
-        if operations is not None and torch.is_grad_enabled():
-            operations.call = len(seen.calls)
+        nonlocal number
+        number += 1
+        if operations is not None:
+            operations.call = number
 
     def after(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            if operations is not None:
+                operations.call = None
             if not torch.is_grad_enabled() or not isinstance(out, Tensor) or not out.requires_grad:
                 seen.hidden.add(path)
                 return
             if operations is not None:
-                operations.call, operations.paused = None, True
+                operations.paused = True
             a = args[0] if args else kwargs.get("input")
             assert isinstance(a, Tensor)
             seen.calls.append(
                 _Call(
+                    number=number,
                     path=path,
                     module=module,
                     a=a.detach(),
