@@ -95,7 +95,7 @@ class ChunkCollector(Collector):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self._micro: list[Tensor] = []
+        self._micro: list[list[Tensor]] = []
         self._fired: list[bool] = []
         self._calls: dict[str, int] = {}
         self._handles: list[Any] = []
@@ -113,7 +113,7 @@ class ChunkCollector(Collector):
         """Hook the parameters; ride along too unless micro-batches are known to be several."""
         self._calls.clear()
         self._fired.append(False)
-        self._micro.append(torch.zeros(()))  # takes the dtype that the device has
+        self._micro.append([])
         if not self._handles:
             self._handles = [p.register_hook(self._hook(name)) for name, p in self._trained.items()]
         if len(self.run.sizes) == 1 and self.run.micro_batches_before < 2:
@@ -132,8 +132,8 @@ class ChunkCollector(Collector):
                 self._calls[name] = self._calls.get(name, 0) + 1
                 if self._calls[name] > 1:
                     self._repeated = name
-                square = squared_norms([grad.detach()])[0]
-                self._micro[-1] = self._micro[-1].to(square.device) + square
+                wide = torch.promote_types(grad.dtype, torch.float32)
+                self._micro[-1].append(torch.linalg.vector_norm(grad.detach(), dtype=wide))
             except Exception as error:  # the user's backward goes on; result() raises this
                 self._error = self._error or error
             self.seconds_in_hooks += perf_counter() - began
@@ -187,7 +187,12 @@ class ChunkCollector(Collector):
                 "pass (reentrant checkpointing), so the norm of the whole is not known",
                 fix="Write checkpoint(..., use_reentrant=False).",
             )
-        norms = [norm for norm, fired in zip(self._micro, self._fired, strict=True) if fired]
+        kind = accumulation_dtype(next(iter(self._trained.values())).device)
+        norms = [
+            torch.stack([norm.to(kind) for norm in each]).square().sum()
+            for each, fired in zip(self._micro, self._fired, strict=True)
+            if fired
+        ]
         if len(norms) < 2:
             raise SampleSkippedError("fewer than two micro-batches of this step had a backward pass")
         return set(self._trained), torch.stack(norms), torch.tensor(self.run.sizes), {}

@@ -54,6 +54,8 @@ class Outer:
         inputs = self.a.shape[-1]
         if positions == 1:
             return (self.a.square().sum(-1) * self.g.square().sum(-1)).sum((2, 3))
+        if inputs == 1:
+            return self.columns(0, 1).square().sum(-1)
         by_positions = positions * (inputs + width) < inputs * width
         size = max(1, BLOCK // (groups * (positions**2 if by_positions else inputs * width)))
         norms = self.g.new_empty(outputs, batch)

@@ -187,7 +187,7 @@ class RideAlong:
                 self._skipped[self._names[id(parameter)]] = "it is tied to another module"
                 continue
             [factor] = add([factors[name] for factors in returned])
-            self._norms.append(factor.sq_norms()[0].double())
+            self._norms.append(factor.sq_norms()[0])
             self._covered[id(parameter)] = self._names[id(parameter)]
             self._skipped.pop(self._names[id(parameter)], None)
 
@@ -221,7 +221,9 @@ class RideAlong:
                 f"({'; '.join(reasons)})",
                 fix="Accumulate over two or more micro-batches instead; a compiled model runs no hooks.",
             )
-        return torch.stack(self._norms).sum(0), set(self._covered.values()), dict(self._skipped)
+        widest = max((norm.dtype for norm in self._norms), key=lambda kind: kind.itemsize)
+        norms = torch.stack([norm.to(widest) for norm in self._norms]).double().sum(0)
+        return norms, set(self._covered.values()), dict(self._skipped)
 
 
 def _cannot(module: nn.Module, a: Tensor, out: Tensor) -> str | None:

@@ -59,9 +59,11 @@ def convolution(module: nn.Module, a: Tensor) -> Gradients:
     """``nn.Conv1d/2d/3d``: patches of the padded input are the rows of a Linear, group by group."""
     conv = cast("nn.Conv2d", module)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    padded = functional.pad(a, conv._reversed_padding_repeated_twice, mode=mode)
+    inside = a.ndim == 4 and mode == "constant" and not isinstance(conv.padding, str)
+    padded = a if inside else functional.pad(a, conv._reversed_padding_repeated_twice, mode=mode)
     if a.ndim == 4:  # several times faster than by hand
-        columns = functional.unfold(padded, conv.kernel_size, conv.dilation, 0, conv.stride)
+        padding = cast("tuple[int, int]", conv.padding) if inside else (0, 0)
+        columns = functional.unfold(padded, conv.kernel_size, conv.dilation, padding, conv.stride)
         patches = columns.unflatten(1, (conv.groups, -1)).mT
     else:
         patches = _patches(padded, conv).flatten(2, -2)
