@@ -82,6 +82,7 @@ def test_functions_of_the_public_table_are_the_expected_ones():
         "kernel_angle",
         "kernel_distance",
         "per_example_grad_norms",
+        "projection_stderr",
         "relative_drift",
         "sgd_noise_scale",
     ]

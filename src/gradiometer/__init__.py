@@ -45,6 +45,7 @@ _WHERE = {
     "kernel_alignment": "observables",
     "kernel_angle": "observables",
     "kernel_distance": "observables",
+    "projection_stderr": "observables",
     "log_spaced": "schedules",
     "per_example_grad_norms": "observables",
     "read_json_lines": "recorders",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from .observables import kernel_angle as kernel_angle
     from .observables import kernel_distance as kernel_distance
     from .observables import per_example_grad_norms as per_example_grad_norms
+    from .observables import projection_stderr as projection_stderr
     from .observables import relative_drift as relative_drift
     from .observables import sgd_noise_scale as sgd_noise_scale
     from .recorders import JSONLinesRecorder as JSONLinesRecorder

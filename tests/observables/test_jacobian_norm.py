@@ -256,10 +256,10 @@ def test_many_outputs_are_projected_and_iterated():
     assert (found["square"] - exact).abs() < 4 * found["square_variance"].sqrt()
     largest = torch.linalg.matrix_norm(j, 2).mean()
     assert found["spectral_norm"] <= largest * (1 + 1e-12)  # a lower bound
-    assert found["spectral_norm"] > 0.97 * largest
+    assert found["spectral_norm"] > 0.985 * largest
 
 
-def test_power_iteration_of_rank_one_is_exact():
+def test_iteration_of_rank_one_is_exact():
     model = nn.Sequential(nn.Linear(5, 1), nn.Linear(1, 30)).double()
     x = draws(4, 5)
     found = JacobianNorm().statistics(snapshot_of(model, x))

@@ -43,17 +43,17 @@ _FUSED = [
 ]
 """Attention for backward passes taken in turn; batched ones need the plain form."""
 _KEEPS_EXAMPLES = frozenset(
-    f"{name}Backward0"
+    f"{name}Backward"
     for name in (
         *("Add", "Addmm", "AdaptiveAvgPool2D", "AvgPool2D", "Bmm", "Clone", "Convolution", "Div", "Expand"),
         *("Gelu", "Mean", "Mm", "Mul", "NativeBatchNorm", "NativeLayerNorm", "Permute", "Relu"),
-        *("ScaledDotProductFlashAttentionForCpu", "Sigmoid", "Silu", "Softmax", "Sub", "Sum", "T", "Tanh"),
-        *("Transpose", "UnsafeView", "Unsqueeze", "View"),
+        *("ReshapeAlias", "SafeSoftmax", "ScaledDotProductFlashAttentionForCpu", "Sigmoid", "Silu"),
+        *("Softmax", "Sub", "Sum", "T", "Tanh", "Transpose", "UnsafeView", "Unsqueeze", "View"),
     )
 ) | {"torch::autograd::AccumulateGrad"}
 """Derivatives that neither move examples nor hide a use of a parameter, with batching rules to be trusted."""
 _MOVES = frozenset(
-    f"{name}Backward0"
+    f"{name}Backward"
     for name in ("Cat", "Embedding", "Select", "Slice", "Split", "Squeeze", "Stack", "Unbind")
 )
 """Derivatives with batching rules to be trusted that might move examples. All others are checked."""
@@ -156,7 +156,7 @@ class LayerTape:
             _axis_of_call(first, second) for first, second in zip(one.calls, two.calls, strict=True)
         ]
         nodes = _reachable(one.output)
-        kinds = {node.name() for node in nodes}
+        kinds = {node.name().rstrip("0123456789") for node in nodes}  # of AddBackward0, AddBackward1, ...
         self._trusted = kinds <= _KEEPS_EXAMPLES | _MOVES
         uses = _uses_of_parameters(nodes, self._names)
         served: dict[str, int] = dict.fromkeys(self.parameters, 0)

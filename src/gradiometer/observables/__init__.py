@@ -15,6 +15,7 @@ from .neural_tangent_kernel import (
     kernel_alignment,
     kernel_angle,
     kernel_distance,
+    projection_stderr,
     relative_drift,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "kernel_angle",
     "kernel_distance",
     "per_example_grad_norms",
+    "projection_stderr",
     "relative_drift",
     "sgd_noise_scale",
 ]

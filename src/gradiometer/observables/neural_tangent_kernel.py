@@ -363,11 +363,20 @@ def projection_stderr(estimates: Tensor, width: int) -> Tensor:
     Units:
         Those of the estimates.
 
+    Raises:
+        InputError: If there are fewer than two estimates.
+
+    Source:
+        The finite population correction (Cochran 1977, Sampling Techniques), for projections as those of
+        arXiv:1908.02729.
+
     Example:
         >>> projection_stderr(torch.tensor([1.0, 3.0]), width=4)
         tensor(0.7071)
     """
     k = estimates.shape[-1]
+    if k < 2:
+        raise InputError("an error needs at least two projections", got=k, fix="Write num_projections=8.")
     return (estimates.var(-1) / k * (1 - k / width)).sqrt()
 
 
