@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from gradiometer import parallel, read_json_lines
+from gradiometer import JacobianNorm, Monitor, NeuralTangentKernel, parallel, read_json_lines
 
 WORKER = Path(__file__).parent / "parallel_worker.py"
 
@@ -59,3 +62,21 @@ def test_the_noise_scale_refuses_and_the_run_goes_on(ranks):
     for own, text in zip(records, said, strict=True):
         assert text.count("the noise scale is not available under data-parallel training, got 2") == 1
         assert max(record["step"] for record in own) == 8
+
+
+def test_a_wrapped_model_goes_on_training(tmp_path):
+    """A forward of the wrapper announces a backward pass, which a measurement does not make."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(nn.Linear(3, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        observables = [NeuralTangentKernel(schedule=1), JacobianNorm(schedule=1)]
+        with Monitor(model, optimizer, observables, on_error="raise") as monitor:
+            for _ in range(3):
+                with monitor.micro_batch(torch.randn(4, 3), None):
+                    model(torch.randn(4, 3)).sum().backward()
+                monitor.before_step()
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        dist.destroy_process_group()

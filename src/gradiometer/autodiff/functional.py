@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from .._types import Forward
@@ -114,6 +115,9 @@ def measuring(model: nn.Module) -> Iterator[None]:
         for kind in {device.type for device in devices} | {"cpu"}:
             if kind in ("cpu", "cuda", "xpu", "hpu"):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):  # no backward pass of its own will follow
+                stack.enter_context(module.no_sync())
         try:
             for module in model.modules():
                 module.training = False

@@ -28,6 +28,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
+from ..linalg import accumulation_dtype
 from .factors import BLOCK, Factor, Plain, Side, Weight, add
 from .functional import State, examples, take
 from .operations import Axis, Operation, Operations, UnmatchedError, Use, equal, grown, meetings, pull
@@ -126,6 +127,7 @@ class LayerTape:
         self._uses: dict[int, Use] = {}
         self._apart: list[str] = []
         self.batched = True
+        self._trusted = False
         self._elements = 0
         self._widest = 0
         pilot = take(x, slice(0, 2))
@@ -651,7 +653,8 @@ def _coupled(detail: str) -> UnsupportedError:
 def _close(found: Tensor, true: Tensor, scale: float) -> bool:
     """Equal up to the rounding of numbers of this size."""
     rough = max(torch.finfo(kind).eps for kind in (found.dtype, true.dtype))
-    return float((found.double() - true.double()).norm()) <= 1e3 * rough * scale
+    wide = accumulation_dtype(found.device)
+    return float((found.to(wide) - true.to(wide)).norm()) <= 1e3 * rough * scale
 
 
 def _check_independence(alone: Tensor, together: Tensor, detail: Callable[[], str]) -> None:

@@ -701,7 +701,7 @@ class NeuralTangentKernel(Observable):
             )
         if kernel.ndim == 4:
             measures["off_diagonal"] = lambda keep: _off_diagonal(_keep(kernel, keep))
-        estimates = _leave_one_out(measures, len(kernel))
+        estimates = _leave_one_out(measures, len(kernel), kernel.device)
         if "projection_error" in now:
             trace, error = estimates["trace"]
             estimates["trace"] = Estimate(trace, torch.hypot(error, now["projection_error"].to(error)))
@@ -749,15 +749,19 @@ def _keep(kernel: Tensor, keep: Tensor) -> Tensor:
     return kernel[keep][:, keep]
 
 
-def _leave_one_out(measures: Mapping[str, Callable[[Tensor], Tensor]], count: int) -> dict[str, Estimate]:
+def _leave_one_out(
+    measures: Mapping[str, Callable[[Tensor], Tensor]], count: int, device: torch.device
+) -> dict[str, Estimate]:
     """Each measure with its delete-one-example jackknife error."""
-    everyone = torch.arange(count)
+    everyone = torch.arange(count, device=device)
 
     def row(keep: Tensor) -> Tensor:
         return torch.stack([measure(keep) for measure in measures.values()])
 
     full = row(everyone)
-    others = everyone.expand(count, count)[~torch.eye(count, dtype=torch.bool)].view(count, count - 1)
+    others = everyone.expand(count, count)[~torch.eye(count, dtype=torch.bool, device=device)].view(
+        count, count - 1
+    )
     rows = vmap(row, chunk_size=_REPLICATES)(others)
-    errors = delete_block_jackknife(full, rows, torch.ones(count, dtype=full.dtype))
+    errors = delete_block_jackknife(full, rows, torch.ones(count, dtype=full.dtype, device=device))
     return {name: Estimate(full[i], errors[i]) for i, name in enumerate(measures)}
