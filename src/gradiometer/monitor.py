@@ -156,8 +156,8 @@ class Monitor:
         ...         monitor.before_step()
         ...         optimizer.step(); optimizer.zero_grad()
         >>> [step for step, _ in memory.series("dynamics/ntk/drift")]
-        [0]
-        >>> [step for step, _ in memory.series("dynamics/cost/seconds")]
+        [0, 1, 2]
+        >>> [step for step, _ in memory.series("dynamics/jacobian/frobenius_norm")]
         [0]
     """
 
