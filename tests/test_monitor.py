@@ -26,6 +26,7 @@ from gradiometer import (
     every,
 )
 from gradiometer.collect import ChunkCollector
+from gradiometer.cost import CostLedger
 from gradiometer.errors import CostWarning, InputError, MeasurementWarning
 
 
@@ -727,3 +728,14 @@ def test_a_state_with_other_observables_is_taken_as_far_as_it_goes():
         pytest.warns(MeasurementWarning, match=r"also holds \['jacobian'\]"),
     ):
         other.load_state_dict(state)
+
+
+def test_a_schedule_that_thins_out_counts_with_its_present_cadence():
+    """Else the first steps of a log-spaced schedule would be charged to the whole run."""
+    ledger = CostLedger()
+    for step in range(1001):
+        due = step in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+        if due:
+            ledger.spent("ntk", step, 5.0)
+        ledger.step_done(1.0, 5.0 if due else 0.0)
+    assert ledger.shares()["ntk"] == pytest.approx(5 / 500)

@@ -61,11 +61,17 @@ class CostLedger:
         return self._own_seconds / self._user_seconds if self._user_seconds > 0 else None
 
     def shares(self) -> dict[str, float]:
-        """Median cost times cadence over the median step, by observable; after its second event."""
+        """Median cost times cadence over the median step, by observable; after its second event.
+
+        A schedule that thins out, as log-spaced ones do, counts with the distance it has reached.
+        """
         if not self._steps or median(self._steps) <= 0:
             return {}
         step = median(self._steps)
-        return {name: median(self._costs[name]) / (median(gaps) * step) for name, gaps in self._gaps.items()}
+        return {
+            name: median(self._costs[name]) / (max(median(gaps), gaps[-1]) * step)
+            for name, gaps in self._gaps.items()
+        }
 
     def stretched(self, name: str) -> None:
         """Expect an observable's events at twice the distance from now on.
