@@ -653,3 +653,13 @@ def test_a_model_whose_branch_depends_on_the_batch_is_refused():
     x = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-9.0, -9.0]])
     with pytest.raises(UnsupportedError, match=r"change with the others in the batch"):
         empirical_ntk(Branching(), x)
+
+
+def test_inputs_made_in_inference_mode():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double().eval()
+    x = draws(5, 4)
+    with torch.inference_mode():
+        unusable = x.clone()
+        inside = empirical_ntk(model, unusable)
+    close(inside, empirical_ntk(model, x))
+    close(empirical_ntk(model, unusable, unusable), inside)

@@ -274,6 +274,17 @@ def take(x: Any, index: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, x)
 
 
+def outside_inference(x: Any) -> Any:
+    """The same nest, with copies of tensors made under ``torch.inference_mode``, which autograd refuses.
+
+    Args:
+        x: A tensor, or a nest of tensors.
+    """
+    return pytree.tree_map(
+        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf, x
+    )
+
+
 def detached_copy(x: Any) -> Any:
     """A copy of every tensor in a nest, off the graph.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..autodiff.factors import Plain
-from ..autodiff.functional import call, check_inputs, examples, measuring, take
+from ..autodiff.functional import call, check_inputs, examples, measuring, outside_inference, take
 from ..autodiff.tape import LayerTape
 from ..errors import InputError, SampleSkippedError, UnsupportedError
 from ..estimators import Estimator, Reference, Window
@@ -154,6 +154,7 @@ def per_example_grad_norms(
 
     norms = []
     with measuring(model):
+        x, y = outside_inference(x), outside_inference(y)
         tape = LayerTape(model, function, x)
         for begin in range(0, examples(x), chunk_size or examples(x)):
             part = slice(begin, begin + (chunk_size or examples(x)))

@@ -20,7 +20,14 @@ from torch.utils import _pytree as pytree
 
 from .._types import Forward
 from ..autodiff.factors import Mode
-from ..autodiff.functional import call, check_inputs, check_outputs, examples, measuring
+from ..autodiff.functional import (
+    call,
+    check_inputs,
+    check_outputs,
+    examples,
+    measuring,
+    outside_inference,
+)
 from ..autodiff.kernel import KernelRequest, tangent_kernel
 from ..autodiff.tape import LayerTape
 from ..errors import InputError, UnsupportedError
@@ -224,6 +231,7 @@ def _kernel(
         return out
 
     with measuring(model):
+        x, x2 = outside_inference(x), outside_inference(x2)
         tape = LayerTape(model, function, x)
         names = _reached(tape, on_unsupported)
         width = tape.shape[1]
