@@ -186,6 +186,15 @@ def saved_results(name: str) -> dict[str, Any]:
     return json.loads(path.read_text())["results"] if path.exists() else {}
 
 
+def keep(name: str, results: dict[str, Any], markdown: Callable[[dict[str, Any]], str]) -> None:
+    """Save what was measured among the rows of earlier runs, and show all of them in the README."""
+    kept = saved_results(name)
+    for part, rows in results.items():
+        kept.setdefault(part, {}).update(rows)
+    print(f"\nsaved: {save(name, {'results': kept})}")
+    into_readme(name, markdown(kept))
+
+
 def into_readme(mark: str, table: str) -> None:
     """Put the table between its marks."""
     text = README.read_text()

@@ -40,10 +40,8 @@ from common import (
     cost_in_steps,
     images,
     interleaved,
-    into_readme,
+    keep,
     mlp,
-    save,
-    saved_results,
     timed,
     tokens,
 )
@@ -615,11 +613,7 @@ def main() -> None:
             results[part] = run(options.quick)
     print("\n" + markdown(results))
     if not options.quick:
-        kept = saved_results("ntk")
-        for part, rows in results.items():
-            kept.setdefault(part, {}).update(rows)
-        print(f"\nsaved: {save('ntk', {'results': kept})}")
-        into_readme("ntk", markdown(kept))
+        keep("ntk", results, markdown)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from common import Case, Loop, cases, cost_in_steps, in_turn, into_readme, save, saved_results, timed
+from common import Case, Loop, cases, cost_in_steps, in_turn, keep, timed
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradiometer import (
@@ -157,11 +157,7 @@ def main() -> None:
     print("Cost of one record in training steps (share of the loop at the default cadence)\n")
     print(markdown(results))
     if not options.quick:
-        kept = saved_results("overhead")
-        for optimizer, models in results.items():
-            kept.setdefault(optimizer, {}).update(models)
-        print(f"\nsaved: {save('overhead', {'results': kept})}")
-        into_readme("overhead", markdown(kept))
+        keep("overhead", results, markdown)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from gradiometer import (
 )
 from gradiometer.errors import MeasurementWarning
 
+from .zoo import HOOKS
+
 STEPS = 5
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.01),
@@ -29,19 +31,6 @@ OPTIMIZERS = {
     "foreach nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, foreach=True),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
 }
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 
 class Awkward(nn.Module):

@@ -347,10 +347,13 @@ class StepFactorCollector(Collector):
                 got=type(optimizer).__name__,
                 fix="Write NeuralTangentKernel(preconditioned=False).",
             )
-        names = {id(p): name for name, p in self.run.model.named_parameters()}
+        names = {id(p): name for name, p in self.run.model.named_parameters() if p.requires_grad}
         reference = float(optimizer.param_groups[0]["lr"])
         if reference == 0.0:
-            raise SampleSkippedError("the first group's learning rate is 0 at this step")
+            raise SampleSkippedError(
+                "the first group's learning rate is 0 at this step, and the others cannot be relative to it",
+                fix="This step is left out; put a group that is trained first.",
+            )
         factors: dict[str, float | Tensor] = dict.fromkeys(names.values(), 0.0)
         for group in optimizer.param_groups:
             rate = float(group["lr"]) / reference

@@ -1,5 +1,6 @@
 """The tangent kernel of many kinds of models against one backward pass per example and output."""
 
+import copy
 import gc
 import random
 import re
@@ -21,6 +22,7 @@ from gradiometer.errors import InputError, UnsupportedError
 from ..zoo import (
     ENTRIES,
     HARD,
+    HOOKS,
     Entry,
     batch,
     build,
@@ -370,19 +372,58 @@ def test_single_examples_where_a_refusal_advises_them(name):
         assert error(found, kernel(jacobian(model, x))) < 1e-10
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mlp", "conv net"])
+def test_half_precision(name, kind):
+    """Against the same rounded weights in double precision, to the rounding of the passes themselves."""
+    model, x = build(name).to(kind), batch(name).to(kind)
+    expected = kernel(jacobian(copy.deepcopy(model).double(), x.double()), outputs="full")
+    found = empirical_ntk(model, x, outputs="full")
+    assert found.dtype == torch.float64
+    assert error(found, expected) < 8 * torch.finfo(kind).eps
+
+
+def test_parameters_of_several_precisions():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3).double()
+            self.scale = nn.Parameter(torch.tensor([0.5, 2.0, 1.5], dtype=torch.bfloat16))
+
+        def forward(self, x):
+            return self.second(torch.tanh(self.first(x)).double()) * self.scale.double()
+
+    model, x = Mixed(), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    rows = {name: row.double() for name, row in jacobian(model, x).items()}
+    expected = kernel(rows, outputs="full")
+    # gradients of the bfloat16 parameter are rounded to it, here as in any training step
+    assert error(empirical_ntk(model, x, outputs="full"), expected) < 1e-2
+    model.scale.requires_grad_(False)
+    expected = kernel({name: row for name, row in rows.items() if name != "scale"}, outputs="full")
+    assert error(empirical_ntk(model, x, outputs="full"), expected) < 1e-6
+
+
+def test_a_model_that_remembers_is_the_same_for_each_example():
+    """Its one parameter is reached example by example, and no example sees what the one before left."""
+
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.last = nn.Parameter(torch.randn(4, 3)), torch.zeros(3)
+
+        def forward(self, x):
+            out = torch.stack([row @ self.weight for row in x])
+            out = out * (1 + self.last.sum())
+            self.last = out.detach()[0]
+            return out
+
+    torch.manual_seed(0)
+    model, x = Remembering().double(), torch.randn(5, 4).double()
+    expected = torch.einsum("na,ma->nm", x, x)
+    torch.testing.assert_close(empirical_ntk(model, x), expected, rtol=1e-10, atol=1e-10)
+
+
 # -- nothing is left behind ------------------------------------------------------------------------
-
-
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-)
 
 
 def photograph(model):

@@ -19,6 +19,8 @@ from gradiometer.observables import (
 from gradiometer.observables.neural_tangent_kernel import effective_rank, target_kernel
 from gradiometer.snapshot import Probe, Snapshot
 
+from ..zoo import TwoPaths
+
 # most models here stand in train mode on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:the model is in train mode")
 
@@ -39,18 +41,6 @@ class Twice(nn.Module):
 
     def forward(self, x):
         return self.head(torch.tanh(self.shared(torch.tanh(self.shared(torch.tanh(self.first(x)))))))
-
-
-class TwoPaths(nn.Module):
-    """One module reached under two names."""
-
-    def __init__(self):
-        super().__init__()
-        self.left = nn.Linear(4, 4)
-        self.right = nn.Sequential(nn.Tanh(), self.left, nn.Tanh(), nn.Linear(4, 3))
-
-    def forward(self, x):
-        return self.right(self.left(x))
 
 
 class Tied(nn.Module):

@@ -66,6 +66,21 @@ def test_adam_counts_with_the_root_of_its_second_moment(kind, amsgrad):
     torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_frozen_layers_do_not_count(kind):
+    """Whether or not the optimizer holds them."""
+    model = network()
+    model[0].requires_grad_(False)
+    found = measured(model, kind(model.parameters(), lr=0.1))["kernel"].value
+    weights = {}
+    if kind is torch.optim.Adam:
+        before, (x, y) = network(), batch()  # the first second moment is the squared gradient itself
+        grads = torch.autograd.grad(nn.functional.mse_loss(before(x), y), list(before[2].parameters()))
+        weights = {f"2.{n}": 1 / (g.abs() + 1e-8) for n, g in zip(("weight", "bias"), grads, strict=True)}
+    expected = empirical_ntk(model.eval(), batch()[0], weights=weights)
+    torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-10, atol=0)
+
+
 def test_it_predicts_what_a_small_step_does_to_the_outputs():
     """``df_a = - eta sum_b Theta_ab dL/df_b`` to first order, with one rate per group."""
     model = network()

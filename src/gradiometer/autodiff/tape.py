@@ -146,14 +146,12 @@ class LayerTape:
                 "does not detach or run under no_grad.",
             )
         self._alone = one.output.detach()
+        self.shape, self.dtype, self.device = one.output.shape, one.output.dtype, one.output.device
+        _check_independence(self._alone, two.output, lambda: _culprit(one, two))
         if [call.path for call in one.calls] != [call.path for call in two.calls]:
-            self.shape, self.dtype, self.device = one.output.shape, one.output.dtype, one.output.device
-            _check_independence(self._alone, two.output, str)
             self._apart = list(self.parameters)
             self._example_bytes = self._weigh(one, one.saved_bytes)
             return
-        _check_independence(self._alone, two.output, lambda: _culprit(one, two))
-        self.shape, self.dtype, self.device = one.output.shape, one.output.dtype, one.output.device
         self._axes = [
             _axis_of_call(first, second) for first, second in zip(one.calls, two.calls, strict=True)
         ]
@@ -210,8 +208,13 @@ class LayerTape:
         rows[0, 0], rows[1, 1] = drawn[0], drawn[1]
         expected = [true(two.output, row) for row in rows]
         whole = sum(float(g.norm()) for g in expected[0])
+        # what the coarsest numbers in the model leave, and never a share that would pass for equal
+        rough = min(
+            1e3 * max(torch.finfo(p.dtype).eps for p in self._model.parameters() if p.is_floating_point()),
+            0.1,
+        )
         for name, alone, together in zip(names, true(one.output, drawn[:1]), expected[0], strict=True):
-            if not _close(alone, together, whole):
+            if not _close(alone, together, rough * whole):
                 raise _coupled(f"; the gradient of parameter {name!r} shows it")
         passes = [(x2, two, expected)]
         if not self._trusted:  # what orders the examples may have left these two alone
@@ -228,7 +231,8 @@ class LayerTape:
                 found = sides[name].dense() if name in sides else rows.new_zeros(2, 2, kept[i].numel())
                 for k, n in ((0, 0), (0, 1), (1, 0), (1, 1)):
                     gradient = gradients[k][i] if k == n else torch.zeros_like(gradients[k][i])
-                    if not _close(found[k, n], gradient, float(gradients[k][i].norm()) + 1e-2 * whole):
+                    size = float(gradients[k][i].norm()) + 1e-2 * whole
+                    if not _close(found[k, n], gradient, rough * size):
                         wrong.add(name)
         for module in self._model.modules():  # where one is wrong, so are those that were not looked at
             own = {self._names[id(p)] for p in module._parameters.values() if id(p) in self._names}
@@ -250,8 +254,7 @@ class LayerTape:
 
     def _weigh(self, one: _Pass, saved: int) -> tuple[int, int, int]:
         """Bytes per example: kept by the forward, of all cotangents of one output, of explicit parts."""
-        forward = saved
-        cotangents = explicit = 0
+        forward, cotangents = saved, 0
         wide = max(4, one.output.element_size())
         for i, call in enumerate(one.calls):
             if not self._axes or self._axes[i] is None:
@@ -270,7 +273,7 @@ class LayerTape:
             names |= {self._names[id(p)] for p in use.operation.leaves if id(p) in self._names}
         explicit = sum(wide * self.parameters[name].numel() for name in names)
         for module in self._model.modules():
-            if type(module) not in RULES or (hasattr(module, "output_padding") and module.transposed):
+            if type(module) not in RULES or isinstance(module, _ConvTransposeNd):
                 explicit += wide * sum(
                     p.numel() for p in module._parameters.values() if p is not None and id(p) in self._names
                 )
@@ -300,8 +303,7 @@ class LayerTape:
         Args:
             count: Examples at a time.
         """
-        device = next(iter(self.parameters.values())).device
-        return self._elements * count > _ONE_BY_ONE.get(device.type, _ONE_BY_ONE_ELSEWHERE)
+        return self._elements * count > _ONE_BY_ONE.get(self.device.type, _ONE_BY_ONE_ELSEWHERE)
 
     # one batch
 
@@ -327,6 +329,17 @@ class LayerTape:
             _check_independence(self._alone, seen.output, str)
         return recording
 
+    def run(self, x: Any) -> Tensor:
+        """The outputs; a model that remembers its last call is put back.
+
+        Args:
+            x: A batch of inputs.
+        """
+        try:
+            return self._function(x)
+        finally:
+            self._state.restore()
+
     def _watch(self, x: Any, operations: Collection[int] | None = None, *, weigh: bool = False) -> _Pass:
         """One forward pass, with the torch functions of these numbers; ``None`` for all of them."""
         seen = _Pass(torch.empty(()))
@@ -341,12 +354,11 @@ class LayerTape:
             return tensor.detach()  # the tensor itself would hold its own graph for ever
 
         with _hooks(self, seen, mode), ExitStack() as stack:
-            stack.callback(self._state.restore)  # a model that remembers must not see its last call
             if weigh:
                 stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
             if mode is not None:
                 stack.enter_context(mode)
-            seen.output = self._function(x)
+            seen.output = self.run(x)
         seen.saved_bytes = sum(saved.values())
         return seen
 
@@ -544,7 +556,7 @@ class Recording:
         gradients = [rows.new_zeros(len(rows), self._count, p.numel(), dtype=p.dtype) for p in parameters]
         for n in range(self._count):
             with torch.enable_grad():
-                out = self._tape._function(take(self._x, slice(n, n + 1)))
+                out = self._tape.run(take(self._x, slice(n, n + 1)))
             for k, row in enumerate(rows):
                 cotangent = row[n : n + 1]
                 try:
@@ -650,11 +662,9 @@ def _coupled(detail: str) -> UnsupportedError:
     )
 
 
-def _close(found: Tensor, true: Tensor, scale: float) -> bool:
-    """Equal up to the rounding of numbers of this size."""
-    rough = max(torch.finfo(kind).eps for kind in (found.dtype, true.dtype))
+def _close(found: Tensor, true: Tensor, tolerance: float) -> bool:
     wide = accumulation_dtype(found.device)
-    return float((found.to(wide) - true.to(wide)).norm()) <= 1e3 * rough * scale
+    return float((found.to(wide) - true.to(wide)).norm()) <= tolerance
 
 
 def _check_independence(alone: Tensor, together: Tensor, detail: Callable[[], str]) -> None:

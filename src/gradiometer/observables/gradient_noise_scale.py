@@ -156,23 +156,22 @@ def per_example_grad_norms(
     with measuring(model):
         x, y = outside_inference(x), outside_inference(y)
         tape = LayerTape(model, function, x)
+        if tape.unsupported:
+            name, reason = next(iter(tape.unsupported.items()))
+            raise UnsupportedError(
+                f"per-example gradients miss {len(tape.unsupported)} of the parameters, first {name!r}: "
+                f"{reason}",
+                fix="Mend that, or freeze those parameters.",
+            )
         for begin in range(0, examples(x), chunk_size or examples(x)):
             part = slice(begin, begin + (chunk_size or examples(x)))
             recording = tape.record(take(x, part), first=begin == 0)
             rows = _loss_cotangents(loss_fn, leaves, spec, take(y, part), len(recording.output))
-            total: Tensor | None = None
+            squares = rows.new_zeros(len(rows), dtype=accumulation_dtype(rows.device))
             for side in recording.sides(rows[None]).values():
                 whole = side.uses[0] if len(side.uses) == 1 else Plain(side.dense())
-                squares = whole.sq_norms()[0].to(accumulation_dtype(rows.device))
-                total = squares if total is None else total + squares
-            assert total is not None
-            norms.append(total.sqrt())
-    if tape.unsupported:
-        name, reason = next(iter(tape.unsupported.items()))
-        raise UnsupportedError(
-            f"per-example gradients miss {len(tape.unsupported)} of the parameters, first {name!r}: {reason}",
-            fix="Mend that, or freeze those parameters.",
-        )
+                squares += whole.sq_norms()[0]
+            norms.append(squares.sqrt())
     return torch.cat(norms)
 
 
