@@ -22,9 +22,9 @@ from gradiometer import (
     Quantity,
 )
 from gradiometer.autodiff import ride_along
-from gradiometer.collect import ChunkCollector
 from gradiometer.errors import InputError, MeasurementWarning, UnsupportedError
 from gradiometer.schedules import Schedule, every
+from gradiometer.sources import AutoSource
 
 STEPS = 6
 FIX = "Turn the crank the other way."
@@ -251,11 +251,11 @@ def test_a_schedule_that_raises_is_contained(healthy):
 def test_a_collector_that_raises_takes_only_its_own_observables_along(stage, healthy, monkeypatch):
     def stuck(self, *args):
         if stage in ("exit", "close"):
-            getattr(ChunkCollector, stage)(self)
+            getattr(AutoSource, stage)(self)
         raise RuntimeError("the collector is stuck")
 
     monkeypatch.setitem(
-        gradiometer.monitor.COLLECTORS, "chunks", type("Stuck", (ChunkCollector,), {stage: stuck})
+        gradiometer.monitor.COLLECTORS, "chunks", type("Stuck", (AutoSource,), {stage: stuck})
     )
     weights, memory, messages = train(others())
     assert torch.equal(weights, healthy[0])

@@ -20,7 +20,7 @@ from torch import Tensor
 from .errors import InputError
 from .linalg import accumulation_dtype
 
-_JACKKNIFE_GROUPS = 16
+_JACKKNIFE_GROUPS = 32
 _FEWEST_GROUPS = 4
 
 
@@ -46,6 +46,8 @@ class Reference:
         path: The window's known start and the end of each of its blocks.
         layout: Names and shapes of the levels.
         samples: Number of samples behind the averages.
+        weights: Samples in each group of blocks that the replicates leave out; none while there are too
+            few groups for an error.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class Reference:
         path: list[Moment],
         layout: Layout,
         samples: float,
+        weights: Tensor | None = None,
     ) -> None:
         self.step = step
         self.first_step = first.step
         self.previous_step = previous.step if previous else -1
         self.samples = samples
+        self.weights = torch.zeros(0, dtype=torch.float64) if weights is None else weights
         self._first, self._previous, self._path, self._layout = first, previous, path, layout
 
     @cached_property
@@ -218,9 +222,13 @@ class Estimator(ABC):
             self._state.blocks = blocks[::2]
             self._state.span *= 2
 
-    def reset(self) -> None:
-        """Forget the window, for a jump of the learning rate; ``first`` stays."""
-        kept = self._state
+    def reset(self, *, everything: bool = False) -> None:
+        """Forget the window, for a jump of the learning rate.
+
+        Args:
+            everything: Forget the first record too, since other parameters are read from now on.
+        """
+        kept = _State() if everything else self._state
         self._state = _State(
             sums_layout=kept.sums_layout,
             levels_layout=kept.levels_layout,
@@ -244,7 +252,7 @@ class Estimator(ABC):
         return _unflatten(moment.levels, self._state.levels_layout) if moment else {}
 
     def replicates(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Weighted means over the window, and the same without each of at most 16 groups of blocks.
+        """Weighted means over the window, and the same without each of at most 32 groups of blocks.
 
         Returns:
             Row 0 is the mean over all blocks, row ``j`` that without group ``j``; and the weight of each
@@ -288,6 +296,7 @@ class Estimator(ABC):
             path=[moment for moment in moments if moment.levels.numel()],
             layout=state.levels_layout,
             samples=sum(block.weight for block in state.blocks),
+            weights=self.replicates()[1],
         )
 
     # -- checkpoint --------------------------------------------------------------------------------
@@ -496,8 +505,8 @@ class Ema(Estimator):
         if len(blocks) > self.max_blocks:
             blocks[0].absorb(blocks.pop(1))
 
-    def reset(self) -> None:
+    def reset(self, *, everything: bool = False) -> None:
         """Forget the window; the block length stays."""
         span = self._state.span
-        super().reset()
+        super().reset(everything=everything)
         self._state.span = span

@@ -11,10 +11,11 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Literal, cast
 
@@ -33,7 +34,10 @@ from .autodiff.functional import (
     pure_function,
     take,
 )
-from .collect import COLLECTORS, Collector, Run, group_settings, no_micro_batch, split_batch
+from .batches import split_batch
+from .checks import check_run, check_settings
+from .collect import COLLECTORS, group_settings
+from .collectors import Collector, LossFunction, Run, no_micro_batch
 from .cost import CostLedger
 from .errors import (
     CostWarning,
@@ -47,14 +51,18 @@ from .observables import Observable, default_observables
 from .observables.base import Estimate
 from .recorders import Recorder
 from .records import Quantity, Reading, make_key, quantity_of
-from .snapshot import GroupSettings, Probe, Snapshot
-from .statistics import delete_block_jackknife
+from .sections import Sections
+from .settings import Settings
+from .snapshot import Probe, Snapshot
+from .statistics import correlated_jackknife, t_quantile
+from .updates import step_was_made
 from .verdict import table
 
 STATE_VERSION = 1
 _TRIES = 3
 _UNREAD = 256
 _EARLY = {"probe"} | {name for name, kind in COLLECTORS.items() if kind.moment == "before_step"}
+_SEVERITY: Mapping[type[Exception], int] = {SampleSkippedError: 1, UnsupportedError: 3}  # any other error: 2
 _COST = {
     "fraction": Quantity("1", "Time spent measuring over the loop's own time, since the beginning."),
     "seconds": Quantity("s", "Host time the observables took at this step."),
@@ -78,6 +86,7 @@ class _Slot:
     sampling: bool = False
     needs: frozenset[str] = frozenset()
     failed: bool = False
+    error: Exception | None = None
     sample: Mapping[str, Tensor] | None = None
     levels: Mapping[str, Tensor] = field(default_factory=dict)
     note: str = ""
@@ -134,6 +143,11 @@ class Monitor:
             ``probe_size`` examples of the first batch. It is kept in the checkpoint.
         probe_size: Examples in the default probe.
         dataset_size: Examples in the training set, for SGD's noise scale.
+        replacement: Whether batches are drawn with replacement; unknown when ``None``. A loader that
+            shuffles draws without.
+        loss_fn: Maps the model's outputs and targets to the loss of a batch. Only what makes passes of its
+            own needs it: a noise scale from a batch that is split, curvature.
+        layers: Whether noise and fluctuation-dissipation are also read for every layer.
         prefix: First part of every log key; no slash.
         on_error: ``"warn"`` turns failures into one warning and ``nan``; ``"raise"`` is for tests.
         budget: Largest share of the loop's time that measuring may take. When it is exceeded at a
@@ -173,13 +187,16 @@ class Monitor:
         probe: Any = None,
         probe_size: int = 32,
         dataset_size: int | None = None,
+        replacement: bool | None = None,
+        loss_fn: LossFunction | None = None,
+        layers: bool = False,
         prefix: str = "dynamics",
         on_error: Literal["warn", "raise"] = "warn",
         budget: float | None = None,
     ) -> None:
         chosen = default_observables() if observables is None else observables
         check_settings(chosen, loss_reduction, probe_size, prefix, on_error, budget)
-        _check_run(model, optimizer, recorders, forward, dataset_size)
+        check_run(model, optimizer, recorders, forward, dataset_size, loss_fn, replacement)
         self.model = model
         self.optimizer = optimizer
         self.step = 0
@@ -194,13 +211,17 @@ class Monitor:
         self._prefix = prefix
         self._on_error = on_error
         self._budget = budget
-        self._run = Run(model, optimizer)
+        self._replacement = replacement
+        self._layers = layers
+        self._groups = group_settings(optimizer)
+        self._run = Run(model, optimizer, self._sections(), loss_reduction, loss_fn)
         self._collectors: dict[str, Collector] = {}
         self._errors: dict[str, Exception] = {}
         self._warned: set[str] = set()
         self._begun = self._ready = False
         self._due: list[_Slot] = []
-        self._groups: tuple[GroupSettings, ...] = ()
+        self._settings = Settings()
+        self._together: bool | None = None
         self.cost = CostLedger()
         self._own_seconds = 0.0
         self._step_began: float | None = None
@@ -229,12 +250,15 @@ class Monitor:
         with self._timed("starting a micro-batch"):
             if self._ready:
                 self._abandon_step()
+            if self._together is None:
+                self._agree(x)
             if self._probe is None and any(not slot.retired for slot in self._slots):
                 self._probe = self._probe_from(x, y)
             if not self._begun:
                 self._begin_step()
             size = examples(x)
             self._run.sizes.append(size)
+            self._run.batch = x, y
             for name, collector in self._collectors.items():
                 self._attempt(name, collector.enter, size)
 
@@ -258,13 +282,17 @@ class Monitor:
             for name, collector in self._collectors.items():
                 self._attempt(name, collector.exit)
 
-    def before_step(self, *, grad_scale: float = 1.0, loss_scale: float | None = None) -> None:
+    def before_step(
+        self, *, grad_scale: float = 1.0, loss_scale: float | None = None, loss_divisor: float | None = None
+    ) -> None:
         """The full gradient is in place and not yet clipped; call once before ``optimizer.step()``.
 
         Args:
             grad_scale: Factor still in ``.grad``: ``scaler.get_scale()`` before unscaling, else 1.
             loss_scale: Factor on the loss in the backward pass; ``grad_scale`` when ``None``. After
                 ``scaler.unscale_(optimizer)`` write ``loss_scale=scaler.get_scale()``.
+            loss_divisor: What each micro-batch's loss was divided by. When ``None``: the number of
+                micro-batches for a mean loss, 1 for a summed one.
         """
         if self._begun and not self._due:
             self._ready = True
@@ -275,18 +303,30 @@ class Monitor:
             self._ready = True
             self._run.grad_scale = grad_scale
             self._run.loss_scale = grad_scale if loss_scale is None else loss_scale
+            self._run.loss_divisor = loss_divisor
             for name, collector in self._collectors.items():
                 self._attempt(name, collector.before_step)
             self._evaluate([slot for slot in self._due if slot.needs <= _EARLY])
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The optimizer's post-step hook: the update has been made."""
-        del optimizer, args, kwargs
+        del args, kwargs
+        if not step_was_made(optimizer):  # a fused optimizer is called even where its scaler skips
+            self._abandon_step()
+            return
         self._run.updates += 1
+        if self._settings.jumped(optimizer, sum(self._run.sizes)):
+            self._restart("settings")
         if not (self._begun and not self._due):
             self._measure_update()
         self._finish_step()
         self.step += 1
+
+    def _restart(self, reason: str) -> None:
+        """Begin the windows anew of all that cannot look across this."""
+        for slot in self._slots:
+            if reason in slot.observable.restarts:
+                slot.estimator.reset(everything=reason == "parameters")
 
     def _measure_update(self) -> None:
         """Evaluate what needs the update, and record."""
@@ -299,7 +339,12 @@ class Monitor:
                     "gradient or the weights before the update is left out at such steps, and kernels "
                     "and Jacobians are those of the weights after it."
                 )
-            self._evaluate([slot for slot in self._due if slot.sample is None and not slot.failed])
+            try:
+                self._evaluate([slot for slot in self._due if slot.sample is None and not slot.failed])
+            except Exception as error:  # the other processes are waiting for this one's record
+                for slot in self._due:
+                    if slot.sample is None and not slot.failed:
+                        self._fail(slot, error)
             self._record()
 
     # -- one step ----------------------------------------------------------------------------------
@@ -318,6 +363,11 @@ class Monitor:
                 slot.sampling = slot.recording = False
                 self._fail(slot, error)
         self._due = [slot for slot in self._slots if slot.sampling]
+        self._run.recording = any(slot.recording for slot in self._due)
+        if self._due and not self._run.sections.cover(self.optimizer):
+            self._groups = group_settings(self.optimizer)
+            self._run.sections = self._sections()
+            self._restart("parameters")
         needed = {need for slot in self._due for need in slot.needs}
         for name in COLLECTORS.keys() & needed:
             collector = self._attempt(name, COLLECTORS[name], self._run)
@@ -357,6 +407,8 @@ class Monitor:
         self._groups = group_settings(self.optimizer)
         if self._run.sizes:
             fields["batch_size"] = sum(self._run.sizes) * parallel.world_size()
+        if self._replacement is not None:
+            fields["replacement"] = self._replacement
         if self._probe is not None:
             fields["probe"] = self._probe
         if self.dataset_size is not None:
@@ -366,6 +418,7 @@ class Monitor:
             model=self.model,
             forward=self._forward,
             groups=self._groups,
+            sections=self._run.sections.sections,
             loss_reduction=self._loss_reduction,
             **fields,
         )
@@ -382,9 +435,12 @@ class Monitor:
         if not recording:
             return
         self._reduce(recording)
+        self._keep_budget()
         readings: list[Reading] = []
         for slot in recording:
             began = perf_counter()
+            if self._together and not slot.failed:  # before what one process alone may fail in
+                slot.owed, slot.skips, slot.failures = False, 0, 0
             if not slot.failed:
                 try:
                     readings += self._read(slot)
@@ -396,7 +452,6 @@ class Monitor:
             slot.seconds += perf_counter() - began
         if not readings:
             return
-        self._keep_budget()
         costs = {"seconds": float(sum(slot.seconds for slot in self._due))}
         fraction = self.cost.fraction()
         if fraction is not None:
@@ -424,13 +479,28 @@ class Monitor:
         errors = _errors({n: row for n, row in numbers.items() if len(row) > 1}, weights)
         readings = []
         for name, value in values.items():
-            stderr = errors.get(name, math.nan)
-            if isinstance(value, Estimate):
-                stderr = float(_as_rows(value.stderr)[0])
+            own = value if isinstance(value, Estimate) else Estimate(value)
+            stderr, groups = errors.get(name, (math.nan, 0))
+            if own.stderr is not None:
+                stderr = float(_as_rows(own.stderr)[0])
             shown = float(numbers[name][0]) if name in numbers else value
-            label = _named_group(name, self._groups)
-            readings.append(self._reading(slot.name, quantities, label, shown, stderr, slot.note))
+            reading = self._reading(slot.name, quantities, self._label(name), shown, stderr, slot.note)
+            half = t_quantile(groups) * stderr if name in numbers else math.nan
+            readings.append(
+                replace(
+                    reading,
+                    low=shown - half if own.low is None else own.low,
+                    high=shown + half if own.high is None else own.high,
+                    resolved=own.resolved,
+                    note="; ".join(filter(None, (reading.note, own.note))),
+                )
+            )
         return readings
+
+    def _label(self, name: str) -> str:
+        """``ratio/1`` with the second section's own name in the place of its index."""
+        base, _, index = name.partition("/")
+        return f"{base}/{self._run.sections.sections[int(index)].name}" if index else name
 
     def _reading(
         self,
@@ -462,20 +532,55 @@ class Monitor:
         ]
 
     def _reduce(self, recording: Sequence[_Slot]) -> None:
-        """Average open blocks over processes; a sample that failed on one rank failed on all."""
-        if parallel.world_size() == 1:
+        """Average open blocks over processes; what failed on one has failed on all.
+
+        Every process gets here at the same steps: schedules are those all have agreed on, and nothing is
+        retired, owed or retried but by what is exchanged here.
+        """
+        if not self._together:
             return
         device = next(self.model.parameters()).device
-        agreed = parallel.everywhere([not slot.failed for slot in recording], device)
-        kept = [slot for slot, good in zip(recording, agreed, strict=True) if good]
-        for slot, good in zip(recording, agreed, strict=True):
-            if not good and not slot.failed:
-                self._fail(slot, SampleSkippedError("another process could not measure"))
-        pending = [slot.estimator.pending for slot in kept]
-        flat = [tensor for sums, _ in pending for tensor in sums.values()]
+        pending = [slot.estimator.pending for slot in recording]
+        sizes = [sum(t.numel() for t in sums.values()) for sums, _ in pending]
+        states = [_SEVERITY.get(type(slot.error), 2) if slot.error else 0 for slot in recording]
+        found = parallel.largest([*states, *sizes, *(-size for size in sizes)], device)
+        count = len(recording)
+        kept = []
+        for i, slot in enumerate(recording):
+            state = found[i]
+            if state == 0 and found[count + i] != -found[2 * count + i]:
+                state = 2
+            error, slot.error = slot.error, None
+            if state:
+                kind = {1: SampleSkippedError, 2: InputError, 3: UnsupportedError}[state]
+                same = error is not None and _SEVERITY.get(type(error), 2) == state
+                self._settle(slot, error if same and error else kind("another process could not measure"))
+            else:
+                kept.append(slot)
+        flat = [
+            tensor
+            for slot in kept
+            for tensor in (*slot.estimator.pending[0].values(), torch.tensor(slot.estimator.pending[1]))
+        ]
         means = iter(parallel.mean(flat, device))
-        for slot, (sums, weight) in zip(kept, pending, strict=True):
-            slot.estimator.pending = ({name: next(means) for name in sums}, weight)
+        for slot in kept:
+            sums = {name: next(means) for name in slot.estimator.pending[0]}
+            slot.estimator.pending = (sums, float(next(means)))
+
+    def _agree(self, x: Any) -> None:
+        """Find out whether all processes measure the same; else each one's readings are its own."""
+        self._together = False
+        if parallel.world_size() == 1:
+            return
+        shapes = [list(t.shape) for t in pytree.tree_leaves(x) if isinstance(t, Tensor)]
+        plan = repr(([slot.observable for slot in self._slots], self._budget, self.step, shapes))
+        self._together = parallel.agree(self._prefix, re.sub(r" at 0x[0-9a-f]+", "", plan))
+        if not self._together:
+            self._warn(
+                f"not all of the {parallel.world_size()} processes have a monitor with the same "
+                "observables, budget and shape of the first batch: readings are this process's own. "
+                "Build the same Monitor on every rank, and give recorders to rank 0 only."
+            )
 
     def _finish_step(self) -> None:
         """Take everything off, note the cost, and get ready for the next step."""
@@ -492,6 +597,7 @@ class Monitor:
             self.cost.step_done(max(now - self._step_began - own, 0.0), own)
         self._close_collectors()
         self._run.micro_batches_before = len(self._run.sizes)
+        self._run.batch = None
         self._own_seconds = 0.0
         self._step_began = now
         self._begun = self._ready = False
@@ -527,6 +633,15 @@ class Monitor:
         """One warning for each message; retire what can never work, retry the rest."""
         if self._on_error == "raise":
             raise error
+        slot.failed, slot.sample, slot.levels = True, None, {}
+        if self._together:  # all processes settle it at their next record
+            known = _SEVERITY.get(type(slot.error), 2) if slot.error else 0
+            slot.error = error if _SEVERITY.get(type(error), 2) > known else slot.error
+            return
+        self._settle(slot, error)
+
+    def _settle(self, slot: _Slot, error: Exception) -> None:
+        """Say it, and decide whether to retry or retire."""
         slot.failed, slot.sample, slot.levels = True, None, {}
         what = f"{type(slot.observable).__name__} at step {self.step}"
         if isinstance(error, SampleSkippedError):
@@ -572,7 +687,8 @@ class Monitor:
         names = [slot.name for slot in self._slots]
         over = sum(shares.values()) > self._budget
         dearest = names.index(max(shares, key=lambda name: shares[name])) if over else -1
-        decision = parallel.broadcast(torch.tensor(dearest, device=next(self.model.parameters()).device))
+        decision = torch.tensor(dearest, device=next(self.model.parameters()).device)
+        decision = parallel.broadcast(decision) if self._together else decision
         if int(decision) >= 0:
             slot = self._slots[int(decision)]
             slot.stretch *= 2
@@ -611,7 +727,12 @@ class Monitor:
         inputs = detached_copy(take(dict(x) if isinstance(x, Mapping) else x, first))
         same = isinstance(y, Tensor) and y.ndim > 0 and len(y) == examples(x)
         targets = y[first].detach().clone() if same and y is not None else None
-        return Probe(parallel.broadcast(inputs), parallel.broadcast(targets))
+        return Probe(*parallel.broadcast([inputs, targets])) if self._together else Probe(inputs, targets)
+
+    def _sections(self) -> Sections:
+        """Which parameters are read together."""
+        names = [group.name for group in self._groups]
+        return Sections(self.model, self.optimizer, names, layers=self._layers)
 
     def take_new(self) -> list[Reading]:
         """Readings recorded since the last call, for loops that log at a moment of their own."""
@@ -712,113 +833,16 @@ class Monitor:
             self._warn(f"the checkpoint also holds {sorted(saved)}, which this monitor does not measure.")
 
 
-def _check_run(model: Any, optimizer: Any, recorders: Any, forward: Any, dataset_size: Any) -> None:
-    """Refuse what the settings are to be used on."""
-    if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
-        raise InputError(
-            "Monitor takes a module and its optimizer",
-            got=f"{type(model).__name__} and {type(optimizer).__name__}",
-            fix="Write Monitor(model, optimizer).",
-        )
-    if not any(p.requires_grad for p in model.parameters()):
-        raise InputError(
-            f"{type(model).__name__} has no trainable parameter",
-            fix="Call model.requires_grad_(True) on the part that is trained.",
-        )
-    if not isinstance(recorders, Sequence) or not all(callable(recorder) for recorder in recorders):
-        raise InputError(
-            "recorders must be a list of callables (step, readings) -> None",
-            got=repr(recorders),
-            fix='Write recorders=[TensorBoardRecorder("runs/a")].',
-        )
-    if forward is not None and not callable(forward):
-        raise InputError(
-            "forward must be a callable (model, x) -> outputs [N, O]",
-            got=repr(forward),
-            fix="Write forward=lambda model, x: model(x).",
-        )
-    if dataset_size is not None and (not isinstance(dataset_size, int) or dataset_size < 1):
-        raise InputError(
-            "dataset_size must be a whole number of examples, at least 1",
-            got=repr(dataset_size),
-            fix="Write dataset_size=len(dataset).",
-        )
-
-
-def check_settings(
-    observables: Any,
-    loss_reduction: str = "mean",
-    probe_size: int = 32,
-    prefix: str = "dynamics",
-    on_error: str = "warn",
-    budget: float | None = None,
-) -> None:
-    """Refuse settings that no run can use.
-
-    Args:
-        observables: As for :class:`Monitor`.
-        loss_reduction: As for :class:`Monitor`.
-        probe_size: As for :class:`Monitor`.
-        prefix: As for :class:`Monitor`.
-        on_error: As for :class:`Monitor`.
-        budget: As for :class:`Monitor`.
-
-    Raises:
-        InputError: With what to write instead.
-    """
-    if isinstance(observables, Observable) or not isinstance(observables, Sequence):
-        raise InputError(
-            "observables must be a list of Observable values",
-            got=repr(observables),
-            fix="Write observables=[NeuralTangentKernel(), GradientNoiseScale()].",
-        )
-    for observable in observables:
-        if not isinstance(observable, Observable):
-            raise InputError(
-                "observables must be Observable values",
-                got=repr(observable),
-                fix="Write observables=[NeuralTangentKernel(), GradientNoiseScale()].",
-            )
-    groups = [observable.group for observable in observables]
-    twice = {group for group in groups if groups.count(group) > 1}
-    if twice:
-        raise InputError(
-            "two observables would write under the same keys",
-            got=sorted(twice),
-            fix="Give each kind once, or use two monitors with different prefix=.",
-        )
-    if loss_reduction not in ("mean", "sum"):
-        raise InputError("unknown loss_reduction", got=repr(loss_reduction), fix='Write "mean" or "sum".')
-    if not isinstance(probe_size, int) or probe_size < 1:
-        raise InputError("probe_size must be at least 1", got=repr(probe_size), fix="Write probe_size=32.")
-    if not isinstance(prefix, str) or not prefix or "/" in prefix:
-        raise InputError(
-            "prefix must be one word without a slash",
-            got=repr(prefix),
-            fix='Write prefix="dynamics".',
-        )
-    if on_error not in ("warn", "raise"):
-        raise InputError("unknown on_error", got=repr(on_error), fix='Write "warn" or "raise".')
-    if budget is not None and (not isinstance(budget, (int, float)) or not 0 < budget < 1):
-        raise InputError("budget is a share between 0 and 1", got=repr(budget), fix="Write budget=0.05.")
-
-
 def _as_rows(value: Any) -> Tensor:
     """A number, or a number and its replicates, as ``[R]``."""
     number = value.value if isinstance(value, Estimate) else value
     return torch.as_tensor(number, dtype=torch.float64).detach().cpu().reshape(-1)
 
 
-def _errors(rows: Mapping[str, Tensor], weights: Tensor) -> dict[str, float]:
-    """Standard errors from the replicates that each leave a block out."""
+def _errors(rows: Mapping[str, Tensor], weights: Tensor) -> dict[str, tuple[float, int]]:
+    """Standard errors from the replicates that each leave a block out, and the groups behind each."""
     if not rows:
         return {}
     stacked = torch.stack(list(rows.values()), 1)
-    stderr = delete_block_jackknife(stacked[0], stacked[1:], weights)
-    return dict(zip(rows, stderr.tolist(), strict=True))
-
-
-def _named_group(name: str, groups: Sequence[GroupSettings]) -> str:
-    """``ratio/1`` with the second group's own name in the place of its index."""
-    base, _, index = name.partition("/")
-    return f"{base}/{groups[int(index)].name}" if index else name
+    error = correlated_jackknife(stacked[0], stacked[1:], weights)
+    return dict(zip(rows, zip(error.stderr.tolist(), error.groups.tolist(), strict=True), strict=True))

@@ -45,6 +45,10 @@ class Reading:
         unit: Unit of value and error.
         sentence: What the number is.
         note: How it came about: source, coverage, form.
+        low: Lower end of the 95 % interval; ``nan`` when unknown.
+        high: Upper end of the 95 % interval, infinite where there is only a lower bound.
+        resolved: Whether the error allows an answer; where it does not, the value may be ``nan`` and the
+            interval says what is known.
 
     Example:
         >>> Reading("dynamics/ntk/drift", 0.25, stderr=0.01).is_finite
@@ -57,6 +61,9 @@ class Reading:
     unit: str = "1"
     sentence: str = ""
     note: str = ""
+    low: float = math.nan
+    high: float = math.nan
+    resolved: bool = True
 
     @property
     def is_scalar(self) -> bool:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .collect import dataset_size_of, loss_scales, selected_forward
+from .batches import dataset_size_of, loss_scales, selected_forward
+from .checks import check_settings
 from .errors import MeasurementWarning
-from .monitor import Monitor, check_settings
+from .monitor import Monitor
 from .recorders import Recorder
 from .records import scalars
 

@@ -11,16 +11,21 @@ from torch import Tensor, nn
 
 from ._types import Forward
 from .errors import MissingFieldError
+from .sections import Section
 
 _SUPPLIED_BY = {
     "probe": "Monitor(probe=...) or the first call of monitor.micro_batch(x, y)",
-    "chunks": "monitor.micro_batch(x, y) around each forward and backward, then monitor.before_step()",
+    **dict.fromkeys(
+        ("chunks", "example_chunks", "norm_layer_chunks", "split_chunks"),
+        "monitor.micro_batch(x, y) around each forward and backward, then monitor.before_step()",
+    ),
     "update": "monitor.before_step() before the optimizer's step",
     "work": "monitor.before_step() before the optimizer's step",
     "weights": "the optimizer's step itself",
     "step_factors": "the optimizer's step itself",
     "batch_size": "monitor.micro_batch(x, y) around each forward and backward",
     "dataset_size": "Monitor(dataset_size=...)",
+    "replacement": "Monitor(replacement=...)",
 }
 
 
@@ -62,40 +67,46 @@ class GroupSettings:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Squared gradient norms of parts of one batch, as the backward pass left them.
+    """Squared gradient norms of parts of one batch, each part's gradient that of its own mean loss.
 
     Args:
-        source: ``"per example"`` or ``"micro-batches"``.
-        sq_norms: Squared norm of each part's contribution to the gradient, loss scale removed.
+        source: Where the parts come from, in words.
+        sq_norms: Squared norm of each part's mean gradient by section, loss scale removed.
         sizes: Examples in each part.
-        batch_sq_norm: Squared norm of the whole gradient over the same parameters, before clipping.
-        parameters: Number of parameters behind these norms.
+        weights: Share of each part in this process's mean gradient.
+        batch_sq_norm: Squared norm of the whole mean gradient over the same parameters, before clipping.
+        counted: 1, or 0 where the gradient is not finite and this step must not count.
+        parameters: Number of parameters behind these norms by section.
         coverage: Their share of all trainable parameters.
         skipped: Why the others are missing, by parameter name.
+        processes: Processes whose parts make up the whole gradient.
 
     Shapes:
-        sq_norms and sizes ``[k]``, batch_sq_norm scalar.
+        sq_norms ``[k, U]``, sizes and weights ``[k]``, batch_sq_norm and parameters ``[U]``, counted scalar.
     """
 
     source: str
     sq_norms: Tensor
     sizes: Tensor
+    weights: Tensor
     batch_sq_norm: Tensor
-    parameters: int
+    counted: Tensor
+    parameters: Tensor
     coverage: float
     skipped: Mapping[str, str]
+    processes: int = 1
 
 
 @dataclass(frozen=True)
 class Update:
-    """The update of one step, by parameter group.
+    """The update of one step, by section.
 
     Args:
         displacement_sq: Squared norm of ``theta_t - theta_{t+1}``.
         displacement_dot_velocity: Its inner product with torch's momentum buffer; 0 without Nesterov.
 
     Shapes:
-        Each ``[G]``.
+        Each ``[U]``.
     """
 
     displacement_sq: Tensor
@@ -104,7 +115,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Work:
-    """Inner products with the weights before the step, by parameter group; for verification.
+    """Inner products with the weights before the step, by section; for verification.
 
     Args:
         weight_dot_gradient: ``theta_t . g_t`` with the gradient the optimizer used, L2 term included;
@@ -112,7 +123,7 @@ class Work:
         weight_dot_displacement: ``theta_t . (theta_t - theta_{t+1})``.
 
     Shapes:
-        Each ``[G]``.
+        Each ``[U]``.
     """
 
     weight_dot_gradient: Tensor
@@ -121,7 +132,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Weights:
-    """State functions of the weights after the step, by parameter group.
+    """State functions of the weights after the step, by section.
 
     Args:
         sq_norm: Squared norm of the weights.
@@ -129,7 +140,7 @@ class Weights:
         updates: Number of optimizer steps seen so far, scalar.
 
     Shapes:
-        sq_norm and dot_velocity ``[G]``, updates scalar.
+        sq_norm and dot_velocity ``[U]``, updates scalar.
     """
 
     sq_norm: Tensor
@@ -149,11 +160,16 @@ class Snapshot:
         model: The model.
         forward: Maps model and inputs to outputs ``[N, O]``.
         groups: The optimizer's settings by parameter group.
+        sections: Which parameters are read together.
         loss_reduction: ``"mean"`` or ``"sum"`` over the examples of a batch.
         batch_size: Examples behind this step's gradient.
         dataset_size: Examples in the training set.
+        replacement: Whether batches are drawn with replacement.
         probe: The fixed batch.
-        chunks: Gradient norms of parts of the batch.
+        chunks: Gradient norms of parts of the batch, from the best source at hand.
+        example_chunks: The same from single examples.
+        norm_layer_chunks: The same from single examples as the norm layers see them.
+        split_chunks: The same from a batch that was split.
         update: The update this step made.
         work: Inner products for verification.
         weights: State functions of the weights after the step.
@@ -173,11 +189,16 @@ class Snapshot:
     model: nn.Module = _UNSET
     forward: Forward = _UNSET
     groups: tuple[GroupSettings, ...] = _UNSET
+    sections: tuple[Section, ...] = _UNSET
     loss_reduction: str = "mean"
     batch_size: int = _UNSET
     dataset_size: int = _UNSET
+    replacement: bool = _UNSET
     probe: Probe = _UNSET
     chunks: Chunks = _UNSET
+    example_chunks: Chunks = _UNSET
+    norm_layer_chunks: Chunks = _UNSET
+    split_chunks: Chunks = _UNSET
     update: Update = _UNSET
     work: Work = _UNSET
     weights: Weights = _UNSET
@@ -193,6 +214,11 @@ class Snapshot:
                 f"the snapshot of step {step} has no {name!r}", fix=f"It is supplied by {source}."
             )
         return value
+
+    @property
+    def section_settings(self) -> list[GroupSettings]:
+        """The settings of each section's parameter group."""
+        return [self.groups[section.group] for section in self.sections]
 
     def has(self, name: str) -> bool:
         """Whether a field was supplied.

@@ -12,6 +12,12 @@ from gradiometer.errors import SampleSkippedError, UnsupportedError
 BATCH = 5
 
 
+def shown(tape):
+    """Squared norms over all covered parameters, their names, and what is missing."""
+    sq_norms, skipped = tape.result()
+    return torch.stack(list(sq_norms.values())).double().sum(0), set(sq_norms), skipped
+
+
 def draws(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -41,7 +47,7 @@ def squared(model, x):
 
 def check(model, batch, loss_fn=squared, reference=None):
     expected = loop(reference or model, loss_fn if reference is None else squared, batch)
-    norms, covered, skipped = ride(model, loss_fn, batch).result()
+    norms, covered, skipped = shown(ride(model, loss_fn, batch))
     assert skipped == {}
     assert covered == {name for name, p in model.named_parameters() if p.requires_grad}
     torch.testing.assert_close(norms, expected, rtol=1e-10, atol=0)
@@ -106,7 +112,7 @@ def test_mean_reduction_scales_the_contributions():
     for i in range(BATCH):
         loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]) / BATCH
         expected.append(sum(g.square().sum() for g in torch.autograd.grad(loss, list(model.parameters()))))
-    torch.testing.assert_close(tape.result()[0], torch.stack(expected), rtol=1e-10, atol=0)
+    torch.testing.assert_close(shown(tape)[0], torch.stack(expected), rtol=1e-10, atol=0)
 
 
 def test_the_gradient_itself_is_what_it_would_have_been():
@@ -129,7 +135,7 @@ def test_a_forward_without_gradients_afterwards_is_ignored():
         model(x)
     model(x).argmax(1)
     tape.detach()
-    torch.testing.assert_close(tape.result()[0], expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(shown(tape)[0], expected, rtol=1e-10, atol=0)
 
 
 # -- checkpointing ---------------------------------------------------------------------------------
@@ -158,7 +164,7 @@ def test_checkpointing_that_is_not_reentrant(last):
     model.active = False
     expected = loop(model, squared, x)
     model.active = True
-    norms, covered, skipped = ride(model, squared, x).result()
+    norms, covered, skipped = shown(ride(model, squared, x))
     assert len(covered) == 10
     assert skipped == {}
     torch.testing.assert_close(norms, expected, rtol=1e-10, atol=0)
@@ -172,7 +178,7 @@ def test_a_checkpoint_around_the_whole_model():
     def loss_fn(model, x):
         return checkpoint(model, x, use_reentrant=False).square().sum()
 
-    norms, covered, _ = ride(model, loss_fn, x).result()
+    norms, covered, _ = shown(ride(model, loss_fn, x))
     assert len(covered) == 4
     torch.testing.assert_close(norms, expected, rtol=1e-10, atol=0)
 
@@ -263,7 +269,7 @@ def test_a_second_forward_and_backward_pass_is_refused():
 
 
 def left_out(model, batch, loss_fn=squared):
-    norms, covered, skipped = ride(model, loss_fn, batch).result()
+    norms, covered, skipped = shown(ride(model, loss_fn, batch))
     assert covered.isdisjoint(skipped)
     assert covered | set(skipped) == {name for name, p in model.named_parameters() if p.requires_grad}
     return norms, covered, skipped

@@ -10,6 +10,7 @@ from gradiometer.errors import InputError
 from gradiometer.estimators import HalfRun, Last, Mean, Window
 from gradiometer.observables import FluctuationDissipation, fluctuation_dissipation
 from gradiometer.schedules import every
+from gradiometer.sections import Section
 from gradiometer.snapshot import GroupSettings, Snapshot, Update, Weights
 
 
@@ -314,10 +315,10 @@ def test_master_form_takes_over_while_the_learning_rate_changes(settings):
     memory, _, squares = train(
         lambda groups: torch.optim.SGD(groups, lr=0.05, **settings),
         observable,
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 80),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400),
     )
     assert max(map(abs, values(memory, "residual").values())) < 1e-9
-    lr = sum(0.025 * (1 + math.cos(math.pi * t / 80)) for t in range(1, 61)) / 60
+    lr = sum(0.025 * (1 + math.cos(math.pi * t / 400)) for t in range(1, 61)) / 60
     expected = sum(squares[1:]) / 60 / (2 * lr)
     assert values(memory, "right")[60] == pytest.approx(expected, rel=1e-9)
 
@@ -465,6 +466,7 @@ def replica_estimators(quadratic, steps, record, cadences):
             step=step,
             model=model,
             groups=groups,
+            sections=tuple(Section(str(g), g, 1) for g in range(len(groups))),
             update=Update(update.square().sum(1), zero),
             weights=Weights(
                 theta.square().sum(1),

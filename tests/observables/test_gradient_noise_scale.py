@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -122,12 +123,16 @@ def test_right_side_of_the_fluctuation_relation_is_half_the_lr_times_signal_plus
 
 
 def chunk_snapshot(contributions, sizes, **fields):
+    """Contributions to the mean gradient of a batch, of equal weight."""
+    k = len(contributions)
     chunks = Chunks(
         source="per example",
-        sq_norms=contributions.square().sum(-1),
+        sq_norms=(k * contributions).square().sum(-1)[:, None],
         sizes=torch.as_tensor(sizes),
-        batch_sq_norm=contributions.sum(0).square().sum(),
-        parameters=P,
+        weights=torch.full((k,), 1 / k),
+        batch_sq_norm=contributions.sum(0).square().sum()[None],
+        counted=torch.ones(()),
+        parameters=torch.tensor([P]),
         coverage=1.0,
         skipped={},
     )
@@ -286,7 +291,8 @@ def test_readings_in_closed_form():
     assert found["grad_sq_norm"] == pytest.approx(signal)
     assert found["scale"] == pytest.approx(trace / signal)
     assert found["critical_batch_fraction"] == pytest.approx(32 / (32 + trace / signal))
-    assert found["temperature"] == pytest.approx(0.2 / 0.5 * trace / P / 64)
+    finite = (320 - 32) / (320 - 1)  # batches of a finite data set, without replacement
+    assert found["temperature"] == pytest.approx(0.2 / 0.5 * trace / P / 64 * finite)
     assert found["sgd_scale"] == pytest.approx(sgd_noise_scale(0.2, 320, 32, 0.5, replacement=False))
 
 
@@ -313,7 +319,9 @@ def test_scale_is_nan_where_the_signal_is_not_resolved():
 def test_note_names_source_reduction_coverage_and_what_is_missing():
     snapshot = chunk_snapshot(torch.ones(2, P), [1, 1])
     assert GradientNoiseScale().note(snapshot) == "per example, loss_reduction=mean, over 100 % of parameters"
-    chunks = Chunks("micro-batches", torch.ones(2), torch.ones(2), torch.ones(()), P, 0.5, {"a.weight": "x"})
+    chunks = dataclasses.replace(
+        snapshot.chunks, source="micro-batches", coverage=0.5, skipped={"a.weight": "x"}
+    )
     note = GradientNoiseScale().note(snapshot.replace(chunks=chunks, loss_reduction="sum"))
     assert note == "micro-batches, loss_reduction=sum, over 50 % of parameters; skipped: a.weight"
 

@@ -33,6 +33,9 @@ def test_records_read_back_with_everything_a_reading_holds(tmp_path):
     assert record["readings"]["d/ntk/drift"] == {
         "value": 0.5,
         "stderr": 0.25,
+        "low": None,
+        "high": None,
+        "resolved": True,
         "unit": "1",
         "sentence": "How far.",
         "note": "16 examples",

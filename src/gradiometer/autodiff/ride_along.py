@@ -59,9 +59,9 @@ class RideAlong:
         >>> tape = RideAlong(net, 4)
         >>> net(x).sum().backward()
         >>> tape.detach()
-        >>> norms, covered, skipped = tape.result()
-        >>> torch.allclose(norms.float(), x.square().sum(1) + 1), len(covered), skipped
-        (True, 2, {})
+        >>> sq_norms, skipped = tape.result()
+        >>> torch.allclose(sum(sq_norms.values()), x.square().sum(1) + 1), list(sq_norms), skipped
+        (True, ['weight', 'bias'], {})
     """
 
     def __init__(
@@ -78,8 +78,7 @@ class RideAlong:
         self._skipped = dict.fromkeys(self._names.values(), "its module has no rule, or was not called")
         self._calls: dict[nn.Module, int] = {}
         self._returned: dict[nn.Module, list[dict[str, Factor]]] = {}
-        self._norms: list[Tensor] = []
-        self._covered: dict[int, str] = {}
+        self._sq_norms: dict[str, Tensor] = {}
         self._backward_began = False
         self._fatal: str | None = None
         self._error: Exception | None = None
@@ -187,16 +186,15 @@ class RideAlong:
                 self._skipped[self._names[id(parameter)]] = "it is tied to another module"
                 continue
             [factor] = add([factors[name] for factors in returned])
-            self._norms.append(factor.sq_norms()[0])
-            self._covered[id(parameter)] = self._names[id(parameter)]
+            self._sq_norms[self._names[id(parameter)]] = factor.sq_norms()[0]
             self._skipped.pop(self._names[id(parameter)], None)
 
-    def result(self) -> tuple[Tensor, set[str], dict[str, str]]:
+    def result(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What the pass showed.
 
         Returns:
-            Squared norm of each example's contribution to the gradient, the names of the parameters it
-            covers, and why each other one is missing.
+            Squared norm of each example's contribution to the gradient of each parameter, and why the
+            other parameters are missing.
 
         Shapes:
             ``[B]``.
@@ -212,7 +210,7 @@ class RideAlong:
                 f"per-example gradients are not available: {self._fatal}",
                 fix="Accumulate over two or more micro-batches instead.",
             )
-        if not self._covered:
+        if not self._sq_norms:
             if self._calls and not self._backward_began:
                 raise SampleSkippedError("no backward pass was made inside monitor.micro_batch")
             reasons = sorted(set(self._skipped.values()))
@@ -221,9 +219,8 @@ class RideAlong:
                 f"({'; '.join(reasons)})",
                 fix="Accumulate over two or more micro-batches instead; a compiled model runs no hooks.",
             )
-        widest = max((norm.dtype for norm in self._norms), key=lambda kind: kind.itemsize)
-        norms = torch.stack([norm.to(widest) for norm in self._norms]).double().sum(0)
-        return norms, set(self._covered.values()), dict(self._skipped)
+        widest = max((norms.dtype for norms in self._sq_norms.values()), key=lambda kind: kind.itemsize)
+        return {name: norms.to(widest) for name, norms in self._sq_norms.items()}, dict(self._skipped)
 
 
 def _cannot(module: nn.Module, a: Tensor, out: Tensor) -> str | None:

@@ -18,15 +18,24 @@ Numbers = Mapping[str, Any]
 
 
 class Estimate(NamedTuple):
-    """A number with an error of its own, where the engine's jackknife does not apply.
+    """A number with an error or an answer of its own, where the engine's jackknife does not do.
 
     Args:
         value: The number.
-        stderr: Its standard error; 0 when exact on the probe, ``nan`` when unknown.
+        stderr: Its standard error; 0 when exact on the probe, ``nan`` when unknown; the engine's own
+            when ``None``.
+        low: Lower end of the 95 % interval; the engine's own when ``None``.
+        high: Upper end of it.
+        resolved: Whether the error allows an answer.
+        note: What this number alone has to say.
     """
 
     value: Any
-    stderr: Any
+    stderr: Any = None
+    low: float | None = None
+    high: float | None = None
+    resolved: bool = True
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,9 @@ class Observable(ABC):
     level_needs: ClassVar[frozenset[str]] = frozenset()
     arrays: ClassVar[frozenset[str]] = frozenset()
     """Names of readings that are arrays rather than numbers."""
+    restarts: ClassVar[frozenset[str]] = frozenset()
+    """What begins its window anew: ``"settings"`` (a jump of the learning rate, the momentum, the decay
+    or the batch size), ``"parameters"`` (others are trained from now on)."""
     default_estimator: ClassVar[type[Estimator]] = Last
     """Not the default of the field itself, so that a configuration file can hold every default."""
 

@@ -157,6 +157,7 @@ class FluctuationDissipation(Observable):
     group: ClassVar[str] = "fdr"
     level_needs: ClassVar[frozenset[str]] = frozenset({"weights"})
     default_estimator: ClassVar[type[Estimator]] = HalfRun
+    restarts: ClassVar[frozenset[str]] = frozenset({"settings", "parameters"})
     quantities: ClassVar[Mapping[str, Quantity]] = {
         "left": Quantity("loss", "Left side, the mean of weights times gradient."),
         "right": Quantity("loss", "Right side, the mean squared update."),
@@ -189,7 +190,7 @@ class FluctuationDissipation(Observable):
     def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """Squared update and learning rate of this step, per group."""
         update = snapshot.update
-        lr = torch.tensor([group.lr for group in snapshot.groups], dtype=torch.float64)
+        lr = torch.tensor([group.lr for group in snapshot.section_settings], dtype=torch.float64)
         statistics = {
             "displacement_sq": update.displacement_sq,
             "displacement_dot_velocity": update.displacement_dot_velocity,
@@ -209,7 +210,7 @@ class FluctuationDissipation(Observable):
             "weight_dot_velocity": weights.dot_velocity,
             "updates": weights.updates,
             "settings": torch.tensor(
-                [[g.lr, g.momentum, g.dampening, g.nesterov, g.is_sgd] for g in snapshot.groups],
+                [[g.lr, g.momentum, g.dampening, g.nesterov, g.is_sgd] for g in snapshot.section_settings],
                 dtype=torch.float64,
             ),
         }

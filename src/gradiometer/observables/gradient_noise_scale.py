@@ -7,9 +7,10 @@ noise. They are reported under separate names and never share an axis.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ from ..estimators import Estimator, Reference, Window
 from ..linalg import accumulation_dtype
 from ..records import Quantity
 from ..schedules import Schedule
-from ..snapshot import Snapshot
+from ..snapshot import Chunks, Snapshot
+from ..statistics import jackknife_covariance, ratio_interval, t_quantile
 from .base import Estimate, Numbers, Observable
 
 
@@ -83,16 +85,41 @@ def gradient_noise_scale(
     if bool((sizes < 1).any()):
         raise InputError("every part must hold an example", got=sizes.tolist(), fix="Drop empty parts.")
     b = sizes.double()
-    if loss_reduction == "mean":
-        w = torch.full_like(b, 1.0 / k)
-        whole = batch_sq_norm.double()
-    else:
-        w = b / b.sum()
-        whole = batch_sq_norm.double() / b.sum().square()
-    parts = (sq_norms.double() / (w if loss_reduction == "mean" else b).square() * w).sum()
-    single, batch = (w / b).sum(), (w.square() / b).sum()
-    trace = (parts - whole) / (single - batch)
-    return {"trace": trace, "grad_sq_norm": whole - trace * batch}
+    mean = loss_reduction == "mean"
+    share = torch.full_like(b, 1.0 / k) if mean else b / b.sum()
+    factor = torch.full_like(b, k) if mean else 1.0 / b
+    whole = batch_sq_norm.double() / (1.0 if mean else b.sum().square())
+    moments = _moments(
+        sq_norms.double()[:, None] * factor.square()[:, None],
+        b,
+        share,
+        whole[None],
+    )
+    trace, signal = _solve(moments)
+    return {"trace": trace[0], "grad_sq_norm": signal[0]}
+
+
+def _moments(
+    sq_norms: Tensor, sizes: Tensor, weights: Tensor, batch_sq_norm: Tensor, processes: int = 1
+) -> dict[str, Tensor]:
+    """What is averaged: A and C of the formula, and what multiplies the trace in each.
+
+    All four are sums over parts, so that those of several processes may be averaged too.
+    """
+    b, w = sizes.to(sq_norms), weights.to(sq_norms)
+    return {
+        "parts": (w[:, None] * sq_norms).sum(0),
+        "whole": batch_sq_norm,
+        "single": (w / b).sum(),
+        "batch": (w.square() / b).sum() / processes,
+    }
+
+
+def _solve(now: Mapping[str, Tensor], prefix: str = "") -> tuple[Tensor, Tensor]:
+    """Trace and squared gradient of each section ``[..., U]`` from averages of the moments."""
+    parts, whole, single, batch = (now[prefix + name] for name in ("parts", "whole", "single", "batch"))
+    trace = (parts - whole) / (single - batch)[..., None]
+    return trace, whole - trace * batch[..., None]
 
 
 def per_example_grad_norms(
@@ -258,28 +285,51 @@ def sgd_noise_scale(
     return lr * ratio / (2.0 * (1.0 - momentum))
 
 
+Source = Literal["auto", "per example", "norm layers", "split batch"]
+_FIELDS: Mapping[str, str] = {
+    "auto": "chunks",
+    "per example": "example_chunks",
+    "norm layers": "norm_layer_chunks",
+    "split batch": "split_chunks",
+}
+_MOMENTS = ("parts", "whole", "single", "batch", "counted")
+
+
 @dataclass(frozen=True, kw_only=True)
 class GradientNoiseScale(Observable):
     """B_simple from the best source the run offers, and SGD's own noise scale beside it.
 
-    The source is the micro-batches of gradient accumulation or, without them, the single examples seen
-    by riding along with the forward and backward pass. Its name, the loss reduction and the share of
-    parameters covered are part of every reading. Weight decay inside the optimizer is not part of the
-    gradient measured here.
+    The source is the micro-batches of gradient accumulation and the processes of data-parallel training
+    or, without either, the single examples seen by riding along with the forward and backward pass, or
+    pieces of a batch that is split where the model couples examples and ``Monitor(loss_fn=...)`` is
+    given. Its name, the loss reduction and the share of parameters covered are part of every reading.
+    Weight decay inside the optimizer is not part of the gradient measured here.
+
+    B_simple is a ratio of averages with Fieller's interval. Where the squared gradient is within two
+    standard errors of zero it is not resolved: the reading is ``nan``, and its lower bound stands.
 
     Args:
         schedule: When it is sampled and recorded; every 50 steps by default.
         sampling: When it is sampled in between.
         estimator: Average over steps; the last 1,000 steps by default.
+        source: ``"auto"``, or one of ``"per example"``, ``"norm layers"`` and ``"split batch"``. Norm
+            layers alone are sampled cheaply (with ``sampling=``) and calibrated at every record against
+            the source that ``"auto"`` takes.
+        cross_check: A second source, measured at the same steps; a disagreement of more than four
+            standard errors is a warning that names both.
 
     Units:
         See ``quantities``.
 
     Source:
-        arXiv:1812.06162, arXiv:1710.06451.
+        arXiv:1812.06162, arXiv:1710.06451; norm layers: arXiv:2411.00999; intervals: Fieller 1954,
+        Journal of the Royal Statistical Society B 16:175.
 
     Shapes:
-        Scalars.
+        Scalars, in total and per section of parameters.
+
+    Raises:
+        InputError: An unknown source, or one that is checked against itself.
 
     Example:
         >>> GradientNoiseScale(schedule=20, estimator=Window(500)).group
@@ -287,52 +337,101 @@ class GradientNoiseScale(Observable):
     """
 
     group: ClassVar[str] = "noise"
-    needs: ClassVar[frozenset[str]] = frozenset({"chunks"})
     default_estimator: ClassVar[type[Estimator]] = Window
+    restarts: ClassVar[frozenset[str]] = frozenset({"parameters"})
     quantities: ClassVar[Mapping[str, Quantity]] = {
         "scale": Quantity("samples", "B_simple, the batch at which noise and signal balance."),
+        "scale_lower_bound": Quantity("samples", "Lower end of the 95 % interval of B_simple."),
         "trace": Quantity("loss^2/parameter^2 samples", "Trace of the per-example covariance."),
         "grad_sq_norm": Quantity("loss^2/parameter^2", "Squared norm of the true gradient."),
         "critical_batch_fraction": Quantity("1", "B / (B + B_simple), near 1 for wasteful batches."),
         "sgd_scale": Quantity("parameter^2/loss samples", "SGD's g = eps N / 2B with momentum."),
         "temperature": Quantity("loss", "Temperature of SGD's noise per parameter, mean loss."),
+        "norm_layer_factor": Quantity("1", "B_simple of all parameters over that of the norm layers."),
+        "source_ratio": Quantity("1", "Trace from the second source over that from the first."),
     }
 
     schedule: Schedule | int = 50
+    source: Source = "auto"
+    cross_check: Source | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse sources that do not exist."""
+        super().__post_init__()
+        for name in (self.source, self.cross_check):
+            if name is not None and name not in _FIELDS:
+                raise InputError(
+                    "unknown source of the noise scale", got=repr(name), fix=f"Write one of {list(_FIELDS)}."
+                )
+        if self.cross_check == self.source:
+            raise InputError(
+                "a source cannot be checked against itself",
+                got=repr(self.source),
+                fix='Write cross_check="per example" or "split batch".',
+            )
+
+    def _fields(self, recording: bool) -> dict[str, str]:
+        """Snapshot fields by the prefix of their moments."""
+        fields = {"": _FIELDS[self.source]}
+        if recording and self.source == "norm layers":
+            fields |= {"full_": "chunks"}
+        if recording and self.cross_check is not None:
+            fields |= {"check_": _FIELDS[self.cross_check]}
+        return fields
+
+    def required(self, recording: bool) -> frozenset[str]:
+        """The parts of the batch; those that calibrate or check at recording steps only."""
+        return frozenset(self._fields(recording).values())
 
     def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        """Both estimators of this step, and the settings they go with."""
-        chunks = snapshot.chunks
-        if len(chunks.sq_norms) < 2:
+        """Moments of every source at this step, and the settings they go with."""
+        first: Chunks = getattr(snapshot, _FIELDS[self.source])
+        if len(first.sq_norms) * first.processes < 2:
             raise SampleSkippedError(
                 "the noise scale needs at least two parts of a batch",
-                got=len(chunks.sq_norms),
+                got=len(first.sq_norms),
                 fix="This step is left out; use batches of two or more examples, or accumulate.",
             )
-        parts = gradient_noise_scale(
-            chunks.sq_norms,
-            chunks.sizes,
-            chunks.batch_sq_norm,
-            loss_reduction=snapshot.loss_reduction,
+        statistics: dict[str, Tensor] = {}
+        for prefix, field in self._fields(recording=True).items():
+            own = self._moments_of(getattr(snapshot, field) if snapshot.has(field) else None, first)
+            statistics |= {prefix + name: value for name, value in own.items()}
+        if self.source == "norm layers":  # the same parts as the calibration's, and only where it is
+            calibrated = statistics["full_counted"]
+            statistics |= {"both_" + name: statistics[name] * calibrated for name in _MOMENTS}
+        scalars = {"batch_size": float(snapshot.batch_size), **self._heat(snapshot)}
+        counted = first.counted
+        numbers = {name: counted * value for name, value in scalars.items()}
+        return {**statistics, **numbers, "parameters": counted * first.parameters.sum()}
+
+    def _moments_of(self, chunks: Chunks | None, like: Chunks) -> dict[str, Tensor]:
+        """Moments of one source; zeros where it was not measured."""
+        present = chunks or like
+        moments = _moments(
+            present.sq_norms, present.sizes, present.weights, present.batch_sq_norm, present.processes
         )
-        scalars = {"batch_size": float(snapshot.batch_size), "parameters": float(chunks.parameters)}
+        counted = present.counted if chunks is not None else present.counted * 0
+        return {name: value * counted for name, value in moments.items()} | {"counted": counted}
+
+    @staticmethod
+    def _heat(snapshot: Snapshot) -> dict[str, float]:
+        """SGD's noise scale, and the temperature per unit of trace and parameter."""
         first = snapshot.groups[0]
         alike = {(group.lr, group.momentum) for group in snapshot.groups} == {(first.lr, first.momentum)}
-        if alike and all(group.is_sgd for group in snapshot.groups):
-            # a summed loss makes every gradient, and so every step, B times that of the mean loss
-            lr = first.lr * (snapshot.batch_size if snapshot.loss_reduction == "sum" else 1)
-            scalars["lr_over_damping"] = lr / (1.0 - first.momentum)
-            if snapshot.has("dataset_size"):
-                size = min(snapshot.batch_size, snapshot.dataset_size)
-                scalars["sgd_scale"] = sgd_noise_scale(
-                    lr, snapshot.dataset_size, size, first.momentum, replacement=False
-                )
-        numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()}
-        return {**parts, **numbers}
+        if not alike or not all(group.is_sgd for group in snapshot.groups):
+            return {}
+        # a summed loss makes every gradient, and so every step, B times that of the mean loss
+        lr = first.lr * (snapshot.batch_size if snapshot.loss_reduction == "sum" else 1)
+        if not snapshot.has("dataset_size"):
+            return {"heat": lr / (2 * snapshot.batch_size * (1 - first.momentum))}
+        replacement = snapshot.has("replacement") and snapshot.replacement
+        size = min(snapshot.batch_size, snapshot.dataset_size)
+        scale = sgd_noise_scale(lr, snapshot.dataset_size, size, first.momentum, replacement=replacement)
+        return {"sgd_scale": scale, "heat": scale / snapshot.dataset_size}
 
     def note(self, snapshot: Snapshot) -> str:
-        """Source, reduction and coverage."""
-        chunks = snapshot.chunks
+        """Source, reduction, coverage, sampling."""
+        chunks: Chunks = getattr(snapshot, _FIELDS[self.source])
         text = (
             f"{chunks.source}, loss_reduction={snapshot.loss_reduction}, "
             f"over {100 * chunks.coverage:.0f} % of parameters"
@@ -340,22 +439,61 @@ class GradientNoiseScale(Observable):
         if chunks.skipped:
             names = sorted(chunks.skipped)
             text += f"; skipped: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+        if self.cross_check is not None:
+            text += f"; checked against: {getattr(snapshot, _FIELDS[self.cross_check]).source}"
         return text
 
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
-        """Ratios of the averages; ``nan`` where the squared gradient is not above zero."""
-        del reference
-        trace, signal, batch = now["trace"], now["grad_sq_norm"], now["batch_size"]
-        scale = torch.where((signal > 0) & (trace > 0), trace / signal, torch.nan)
-        readings: dict[str, Tensor | Estimate] = {
-            "scale": scale,
-            "trace": trace,
-            "grad_sq_norm": signal,
-            "critical_batch_fraction": batch / (batch + scale),
-        }
+        """Ratios of the averages with their intervals, in total and per section."""
+        counted = now["counted"]
+        trace, signal = _solve(now)
+        signal = signal / counted[..., None]
+        sections = trace.shape[-1]
+        readings: dict[str, Tensor | Estimate] = {}
+        for u in range(sections) if sections > 1 else ():
+            readings |= {f"trace/{u}": trace[..., u], f"grad_sq_norm/{u}": signal[..., u]}
+            readings |= _scale(trace[..., u], signal[..., u], reference.weights, f"/{u}")
+        trace, signal = trace.sum(-1), signal.sum(-1)
+        above, below = trace, signal
+        if self.source == "norm layers":
+            trace, signal = (moment.sum(-1) for moment in _solve(now, "full_"))
+            norm_trace, norm_signal = (moment.sum(-1) for moment in _solve(now, "both_"))
+            readings["norm_layer_factor"] = (trace / signal) / (norm_trace / norm_signal)
+            above, below = above * trace * norm_signal, below * signal * norm_trace
+            signal = signal / now["full_counted"]
+        readings |= {"trace": trace, "grad_sq_norm": signal}
+        readings |= _scale(above, below, reference.weights)
+        scale = cast("Estimate", readings["scale"])
+        batch = now["batch_size"] / counted
+        readings["critical_batch_fraction"] = Estimate(
+            batch / (batch + scale.value),
+            low=None if scale.high is None else float(batch[0] / (batch[0] + scale.high)),
+            high=None if scale.low is None else float(batch[0] / (batch[0] + scale.low)),
+            resolved=scale.resolved,
+        )
         if "sgd_scale" in now:
-            readings["sgd_scale"] = Estimate(now["sgd_scale"], 0.0)
-        if "lr_over_damping" in now:
-            per_parameter = trace / now["parameters"]
-            readings["temperature"] = now["lr_over_damping"] * per_parameter / (2 * batch)
+            readings["sgd_scale"] = Estimate(now["sgd_scale"] / counted, 0.0)
+        if "heat" in now:
+            readings["temperature"] = now["heat"] / now["parameters"] * trace
+        if self.cross_check is not None:
+            readings["source_ratio"] = _solve(now, "check_")[0].sum(-1) / trace
         return readings
+
+
+def _scale(trace: Tensor, signal: Tensor, weights: Tensor, name: str = "") -> dict[str, Tensor | Estimate]:
+    """B_simple and its lower bound; not resolved within two standard errors of no signal."""
+    ratio = torch.where((signal > 0) & (trace > 0), trace / signal, torch.nan)
+    rows = torch.stack([trace, signal], 1)
+    covariance = jackknife_covariance(rows[0], rows[1:], weights)
+    if not covariance.groups:
+        return {f"scale{name}": Estimate(ratio, resolved=False, note="its error is not known yet")}
+    (var_n, cov), (_, var_d) = covariance.matrix.tolist()
+    above, below = rows[0].tolist()
+    ends = ratio_interval(above, below, var_n, var_d, cov, t_quantile(covariance.groups))
+    low, high = max(ends[0], 0.0), ends[1]
+    if float(signal[0]) < 2 * var_d**0.5:
+        note = f"not resolved, at least {low:.3g}"
+        scale = Estimate(ratio * math.nan, low=low, high=high, resolved=False, note=note)
+    else:
+        scale = Estimate(ratio, low=low, high=high)
+    return {f"scale{name}": scale, f"scale_lower_bound{name}": Estimate(low, math.nan)}

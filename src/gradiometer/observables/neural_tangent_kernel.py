@@ -711,7 +711,7 @@ class NeuralTangentKernel(Observable):
             measures["off_diagonal"] = lambda keep: _off_diagonal(_keep(kernel, keep))
         estimates = _leave_one_out(measures, len(kernel), kernel.device)
         if "projection_error" in now:
-            trace, error = estimates["trace"]
+            trace, error = estimates["trace"][:2]
             estimates["trace"] = Estimate(trace, torch.hypot(error, now["projection_error"].to(error)))
         exact = {
             "top_eigenvalue": spectrum[-1],

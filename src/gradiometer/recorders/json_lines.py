@@ -44,6 +44,9 @@ class JSONLinesRecorder:
             r.key: {
                 "value": _plain(r.value),
                 "stderr": _plain(r.stderr),
+                "low": _plain(r.low),
+                "high": _plain(r.high),
+                "resolved": r.resolved,
                 "unit": r.unit,
                 "sentence": r.sentence,
                 "note": r.note,
@@ -68,7 +71,7 @@ def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
         path: A file written by :class:`JSONLinesRecorder`.
 
     Yields:
-        ``{"step": ..., "readings": {key: {"value", "stderr", "unit", "sentence", "note"}}}``.
+        ``{"step": ..., "readings": {key: {"value", "stderr", "low", "high", "resolved", "unit", "sentence", "note"}}}``.
 
     Raises:
         InputError: If the file is something else or of a newer version.

@@ -1,0 +1,131 @@
+"""What a loop hands over: batches in the usual shapes, loaders, and gradient scalers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SubsetRandomSampler
+
+from ._types import Forward
+from .autodiff.functional import matrix_forward
+from .errors import InputError
+
+INPUT_KEYS = ("x", "input", "inputs", "image", "images", "input_ids", "pixel_values", "features")
+TARGET_KEYS = ("y", "target", "targets", "label", "labels")
+
+
+def split_batch(
+    batch: Any, input_key: str | None = None, target_key: str | None = None
+) -> tuple[Any, Tensor | None]:
+    """Inputs and targets of a batch that is a pair or a mapping.
+
+    Args:
+        batch: ``(x, y)``, a mapping, or the inputs alone; of a longer sequence only the first entry is
+            used, since which other one holds the targets is not clear.
+        input_key: Key of the inputs in a mapping; one of the usual names when ``None``.
+        target_key: Key of the targets; one of the usual names, or no targets, when ``None``.
+
+    Returns:
+        Inputs, and targets or ``None``.
+
+    Raises:
+        InputError: If a mapping has no key, or several, that may hold the inputs.
+
+    Example:
+        >>> split_batch({"image": torch.zeros(2, 3), "label": torch.tensor([0, 1])})[1]
+        tensor([0, 1])
+    """
+    if isinstance(batch, Mapping):
+        source = _one_key(batch, input_key, INPUT_KEYS, "input_key")
+        if source is None:
+            raise InputError(
+                "the batch is a mapping, and which of its entries the model takes is not clear",
+                got=f"keys {sorted(map(str, batch))}",
+                fix='Name it: DynamicsMonitor(input_key="image", target_key="label").',
+            )
+        target = _one_key(batch, target_key, TARGET_KEYS, "target_key")
+        return batch[source], batch[target] if target is not None else None
+    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)) and len(batch):
+        second = batch[1] if len(batch) == 2 and isinstance(batch[1], Tensor) else None
+        return batch[0], second
+    return batch, None
+
+
+def selected_forward(model: nn.Module, part: str | None, output_key: str | None) -> Forward | None:
+    """A forward through one attribute of the model, and to one entry of its output.
+
+    Args:
+        model: The module that has the attribute.
+        part: Dotted attribute path of the network; the module itself when ``None``.
+        output_key: Key or attribute of the output; the output itself when ``None``.
+
+    Returns:
+        A forward, or ``None`` when the default serves.
+
+    Raises:
+        InputError: If there is no such attribute.
+
+    Example:
+        >>> net = nn.ModuleDict({"body": nn.Linear(3, 2)})
+        >>> selected_forward(net, "body", None)(net, torch.zeros(4, 3)).shape
+        torch.Size([4, 2])
+    """
+    if part is None and output_key is None:
+        return None
+    if part is not None and part not in dict(model.named_modules()):
+        children = [name for name, _ in model.named_children()]
+        raise InputError(
+            f"{type(model).__name__} has no submodule {part!r}",
+            got=f"submodules {children}",
+            fix='Name one of them: model="...".',
+        )
+
+    def forward(model: nn.Module, x: Any) -> Tensor:
+        return matrix_forward(model.get_submodule(part or ""), x, output_key)
+
+    return forward
+
+
+def loss_scales(scaler: Any, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """What ``Monitor.before_step`` takes under a gradient scaler that has already unscaled.
+
+    Fused optimizers unscale inside their step, so their gradients still carry the factor.
+
+    Args:
+        scaler: A ``GradScaler``, or ``None``.
+        optimizer: The optimizer about to step.
+    """
+    if scaler is None:
+        return {"grad_scale": 1.0, "loss_scale": 1.0}
+    scale = float(scaler.get_scale())
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return {"grad_scale": scale if fused else 1.0, "loss_scale": scale}
+
+
+def dataset_size_of(loader: Any) -> int | None:
+    """Examples behind a data loader, ``None`` where it has no length.
+
+    Args:
+        loader: A data loader.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, SubsetRandomSampler):
+        return len(sampler)
+    dataset = getattr(loader, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) else None
+
+
+def _one_key(batch: Mapping[Any, Any], given: str | None, usual: Sequence[str], argument: str) -> str | None:
+    if given is not None:
+        if given not in batch:
+            raise InputError(
+                f"{argument}={given!r} is not in the batch",
+                got=f"keys {sorted(map(str, batch))}",
+                fix="Name one of them.",
+            )
+        return given
+    found = [key for key in usual if key in batch]
+    return found[0] if len(found) == 1 else None

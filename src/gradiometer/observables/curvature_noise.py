@@ -1,0 +1,139 @@
+"""Gradient noise as the curvature sees it: what it costs one step, and the batch that makes up for it.
+
+``B_simple`` counts the noise of every direction alike. A step suffers from noise in stiff directions and
+hardly in flat ones: with the Hessian H as the metric, ``B_noise = Tr(H Sigma) / (G^T H G)``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+
+def curvature_of_noise(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+    r"""Unbiased noise and signal from the parts of one batch, plain and weighted with the curvature.
+
+    Parts are independent, so a product of distinct parts has the product of the means as its mean. With
+    the Hessian from a part other than both gradients,
+
+    .. math::
+        U = \langle g_i^T H_j\, g_i \rangle_{i \ne j} &\to G^T H G + \beta\,\mathrm{Tr}(H\Sigma) \\
+        V = \langle g_i^T H_j\, g_l \rangle_{i,j,l\ \text{distinct}} &\to G^T H G, \qquad
+        \beta = \frac1k \sum_i \frac1{b_i}
+
+    and hence ``Tr(H Sigma) = (U - V) / beta``; without the Hessians the same gives ``Tr Sigma`` and
+    ``|G|^2``. A Hessian from the same part would add the correlation of curvature and gradient.
+
+    Args:
+        gram: ``g_i . g_l`` of the gradients of the parts' mean losses.
+        forms: ``g_i^T H_j g_l`` at ``[j, i, l]``; entries with ``i = j`` or ``l = j`` are not used.
+        sizes: Examples in each part.
+
+    Returns:
+        ``noise_curvature`` (:math:`\mathrm{Tr}(H\Sigma)`), ``gradient_curvature`` (:math:`G^T H G`),
+        ``trace`` (:math:`\mathrm{Tr}\Sigma`), ``grad_sq_norm`` (:math:`|G|^2`). Average each over steps
+        before dividing: ``noise_curvature / gradient_curvature`` is ``B_noise``, ``trace / grad_sq_norm``
+        is ``B_simple``, ``noise_curvature / trace`` the curvature ``h_eff`` that the noise feels. Any of
+        them can be negative on one step.
+
+    Shapes:
+        gram ``[..., k, k]``, forms ``[..., k, k, k]``, sizes ``[k]`` -> ``[...]``.
+
+    Units:
+        loss^3 / parameter^4 with the curvature, loss^2 / parameter^2 without; the noise times one example.
+
+    Raises:
+        InputError: Fewer than three parts, an empty part, or shapes that do not fit.
+
+    Source:
+        B_noise: McCandlish et al. 2018, arXiv:1812.06162, section 2.2; the estimator from distinct parts is
+        derived here and tested against populations whose Hessians vary.
+
+    Example:
+        >>> g, h = torch.tensor([1.0, 2.0, 3.0]), torch.full((3,), 2.0)  # one parameter, parts of one
+        >>> gram = torch.outer(g, g)
+        >>> found = curvature_of_noise(gram, h[:, None, None] * gram, torch.ones(3))
+        >>> round(found["noise_curvature"].item(), 6), round(found["trace"].item(), 6)
+        (2.0, 1.0)
+    """
+    k = len(sizes)
+    if k < 3:
+        raise InputError(
+            "Hessians and gradients of distinct parts need at least three parts",
+            got=k,
+            fix="Write parts=3 or more.",
+        )
+    if bool((sizes < 1).any()):
+        raise InputError("every part must hold an example", got=sizes.tolist(), fix="Drop empty parts.")
+    if gram.shape[-2:] != (k, k) or forms.shape[-3:] != (k, k, k):
+        raise InputError(
+            f"products of {k} parts must have shapes [{k}, {k}] and [{k}, {k}, {k}]",
+            got=f"{list(gram.shape)} and {list(forms.shape)}",
+            fix="Pass what split_curvature returns.",
+        )
+    same = torch.eye(k, dtype=torch.bool, device=gram.device)
+    other = ~same[:, :, None] & ~same[:, None, :]  # j != i and j != l
+    beta = sizes.double().reciprocal().mean().item()
+    plain, signal = gram[..., same].mean(-1), gram[..., ~same].mean(-1)
+    curved, curved_signal = forms[..., other & same].mean(-1), forms[..., other & ~same].mean(-1)
+    return {
+        "noise_curvature": (curved - curved_signal) / beta,
+        "gradient_curvature": curved_signal,
+        "trace": (plain - signal) / beta,
+        "grad_sq_norm": signal,
+    }
+
+
+class BestStep(NamedTuple):
+    """The learning rate that lowers the expected loss most in one step, and by how much."""
+
+    lr: Tensor
+    decrease: Tensor
+
+
+def best_step(
+    grad_sq_norm: Tensor, gradient_curvature: Tensor, noise_curvature: Tensor, batch_size: float
+) -> BestStep:
+    r"""The best single step of SGD in a quadratic expansion of the loss.
+
+    One step lowers the mean loss by :math:`\epsilon|G|^2 - \frac{\epsilon^2}{2}\,(G^THG +
+    \mathrm{Tr}(H\Sigma)/B)`, which is largest at
+
+    .. math:: \epsilon = \frac{|G|^2}{G^THG + \mathrm{Tr}(H\Sigma)/B} = \frac{\epsilon_\max}{1 + B_{noise}/B},
+              \qquad \text{decrease} = \frac{\epsilon}{2}\,|G|^2
+
+    Args:
+        grad_sq_norm: :math:`|G|^2`.
+        gradient_curvature: :math:`G^THG`.
+        noise_curvature: :math:`\mathrm{Tr}(H\Sigma)`.
+        batch_size: Examples per step, B.
+
+    Returns:
+        ``lr`` and ``decrease``; ``nan`` where the curvature along the step is not positive.
+
+    Shapes:
+        Any, element by element.
+
+    Units:
+        parameter^2 / loss; loss.
+
+    Raises:
+        InputError: A batch size that is not positive.
+
+    Source:
+        McCandlish et al. 2018, arXiv:1812.06162, section 2.2.
+
+    Example:
+        >>> one = torch.tensor(1.0)          # B_noise = B: half of the step, half of the gain
+        >>> best_step(one, one, 8 * one, batch_size=8)
+        BestStep(lr=tensor(0.5000), decrease=tensor(0.2500))
+    """
+    if not batch_size > 0:
+        raise InputError("batch_size must be positive", got=batch_size, fix="Write batch_size=32.")
+    curvature = gradient_curvature + noise_curvature / batch_size
+    lr = torch.where(curvature > 0, grad_sq_norm / curvature, torch.nan)
+    return BestStep(lr, lr * grad_sq_norm / 2)

@@ -1,0 +1,310 @@
+"""Yaida's second fluctuation-dissipation relation: the curvature and the anharmonicity that SGD's noise sees.
+
+At a stationary state the mean loss has stopped falling: what each step gains along the gradient, it loses to
+the curvature across it. The two sides are measured independently of each other. They agree up to third
+derivatives of the loss, so their ratio tells how harmonic the loss is over one step, and the left side as
+a function of the learning rate how harmonic it is over the whole stationary distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+Array = npt.NDArray[np.float64]
+
+
+class SecondRelation(NamedTuple):
+    """Both sides of the relation over a window, in units of loss^2 / parameter^2."""
+
+    left: Tensor
+    right: Tensor
+
+
+def second_fluctuation_dissipation(
+    grad_sq_norm: Tensor,
+    displacement_curvature: Tensor,
+    lr: Tensor | float,
+    *,
+    momentum: Tensor | float = 0.0,
+    dampening: Tensor | float = 0.0,
+    nesterov: Tensor | bool = False,
+    velocity_dot_gradient: Tensor | float = 0.0,
+    weight_decay: Tensor | float = 0.0,
+    weight_dot_gradient: Tensor | float = 0.0,
+    weight_sq: Tensor | float = 0.0,
+    velocity_dot_weight: Tensor | float = 0.0,
+    displacement_sq: Tensor | float = 0.0,
+) -> SecondRelation:
+    r"""Both sides of FDR2 for ``torch.optim.SGD``, from averages over a stationary window.
+
+    The function that the run minimises is ``f``, the loss and ``lambda |theta|^2 / 2``. A step subtracts
+    ``u = eta d``, where ``d`` is made of the new gradient and torch's buffer b before the step,
+
+    .. math::
+        d = \alpha\,(g + \lambda\theta) + \beta\,b, \qquad
+        (\alpha, \beta) = (1 - \nu,\ \mu) \quad\text{or, Nesterov,}\quad (1 + \mu,\ \mu^2)
+
+    Given theta and b, the mean of g over batches is G, the gradient of the loss. So from
+    :math:`\langle f(\theta - u)\rangle = \langle f(\theta)\rangle` to second order in u,
+
+    .. math::
+        \text{left} &= \langle\nabla f\cdot d\rangle = \alpha\,\langle|\nabla f|^2\rangle
+                       + \beta\,\langle b\cdot\nabla f\rangle
+                     = \frac{\langle u^T H u\rangle + \lambda\langle|u|^2\rangle}{2\eta} = \text{right} \\
+        |\nabla f|^2 &= |G|^2 + 2\lambda\,\theta\cdot G + \lambda^2|\theta|^2, \qquad
+        b\cdot\nabla f = b\cdot G + \lambda\,b\cdot\theta
+
+    Every product with G may be taken with the gradient g of the step's own batch, except the square, which
+    needs independent parts; H may come from any batch but the one that made the step. All of this needs
+    batches drawn independently of one another (with replacement across steps): under epoch shuffling soft
+    directions are colder than either side says, see ``shuffling_factor``. Clipped steps are not of this form.
+
+    Args:
+        grad_sq_norm: Mean of an unbiased estimate of ``|G|^2``, loss only, as ``gradient_noise_scale`` or
+            ``curvature_of_noise`` give it.
+        displacement_curvature: Mean of ``u^T H u``, with the Hessian of the loss only.
+        lr: Learning rate.
+        momentum: Momentum coefficient.
+        dampening: Dampening.
+        nesterov: Whether the momentum is Nesterov's; dampening must be 0 then.
+        velocity_dot_gradient: Mean of ``b . g``, b before the step, g loss only; with momentum.
+        weight_decay: L2 coefficient lambda of the optimizer.
+        weight_dot_gradient: Mean of ``theta . g``, both before the step, g loss only; with L2.
+        weight_sq: Mean of ``|theta|^2`` before the step; with L2.
+        velocity_dot_weight: Mean of ``b . theta``, both before the step; with momentum and L2.
+        displacement_sq: Mean of ``|u|^2``; with L2.
+
+    Returns:
+        ``left`` and ``right``; they agree at a stationary state up to third derivatives of the loss.
+
+    Shapes:
+        Scalars, or one entry per parameter group ``[G]`` with ``u_G . (H u)_G`` for the curvature. The
+        Hessian couples groups, so only their sum is a relation: ``(lr * left).sum()`` and
+        ``(lr * right).sum()``.
+
+    Units:
+        loss^2 / parameter^2.
+
+    Raises:
+        InputError: A learning rate that is not positive, or Nesterov with dampening.
+
+    Source:
+        Yaida 2018, arXiv:1810.00004, the relation FDR2 and its form with momentum; the form for Nesterov and
+        the terms of L2 are derived here and tested against exact stationary covariances.
+
+    Example:
+        >>> g2, uhu = torch.tensor(2.0), torch.tensor(0.04)
+        >>> second_fluctuation_dissipation(g2, uhu, lr=0.01)
+        SecondRelation(left=tensor(2.), right=tensor(2.))
+    """
+    if not bool(torch.as_tensor(lr).gt(0).all()):
+        raise InputError("the learning rate must be positive", got=lr, fix="Leave out groups that rest.")
+    nesterov = torch.as_tensor(nesterov)
+    if bool((nesterov & torch.as_tensor(dampening).ne(0)).any()):
+        raise InputError("Nesterov momentum has no dampening", got=dampening, fix="Write dampening=0.")
+    fresh, carried = _weights_of(grad_sq_norm, momentum, dampening, nesterov)
+    square = grad_sq_norm + 2 * weight_decay * weight_dot_gradient + weight_decay**2 * weight_sq
+    along_velocity = velocity_dot_gradient + weight_decay * velocity_dot_weight
+    left = fresh * square + carried * along_velocity
+    right = (displacement_curvature + weight_decay * displacement_sq) / (2 * lr)
+    return SecondRelation(left, right)
+
+
+def _weights_of(
+    like: Tensor, momentum: Tensor | float, dampening: Tensor | float, nesterov: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights alpha of the new gradient and beta of the old buffer in one step."""
+    mu = torch.as_tensor(momentum, dtype=like.dtype)  # where() rounds floats to float32
+    kept = torch.as_tensor(1 - dampening, dtype=like.dtype)
+    return torch.where(nesterov, 1 + mu, kept), torch.where(nesterov, mu.square(), mu)
+
+
+class Harmonicity(NamedTuple):
+    """The left side of FDR2 as a function of the learning rate, fitted; see ``harmonicity``."""
+
+    slope: float
+    slope_error: float
+    bend: float
+    bend_error: float
+    chi_square: float
+    curvature: float
+    curvature_error: float
+
+
+def harmonicity(
+    lrs: Sequence[float],
+    lefts: Sequence[float],
+    stderrs: Sequence[float] | None = None,
+    *,
+    noise_trace: float | None = None,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+) -> Harmonicity:
+    r"""Curvature under the noise, and the bend beyond it, from stationary states at several learning rates.
+
+    The left side of FDR2 is fitted as :math:`a\,\eta + c\,\eta^2`. To first order noise of covariance C per
+    step, filtered by momentum, spreads over a quadratic bowl, so
+
+    .. math:: a = \tfrac12\,\kappa\,\mathrm{Tr}(HC), \qquad
+              \kappa = \alpha^2 + \frac{(1-\nu)^2\beta^2}{1-\mu^2}, \qquad
+              h_{\mathrm{eff}} = \frac{\mathrm{Tr}(HC)}{\mathrm{Tr}\,C} = \frac{2a}{\kappa\,\mathrm{Tr}\,C}
+
+    with alpha and beta of ``second_fluctuation_dissipation``. A bend does not need anharmonicity: in a
+    quadratic bowl with constant noise plain SGD has :math:`\sum_i \eta h_i C_i/(2 - \eta h_i)`, so that
+    :math:`c/a = \frac12\mathrm{Tr}(H^2C)/\mathrm{Tr}(HC)`, between 0 and half of the largest curvature (with
+    heavy-ball momentum :math:`(1-\nu)/(1+\mu)` times that). A bend outside this range means that H
+    or C change over the stationary distribution.
+
+    Args:
+        lrs: Learning rates, two or more different ones.
+        lefts: Left side at each.
+        stderrs: Standard error of each. When ``None`` they are taken to be in proportion to the learning
+            rate, and the errors of the result come from the scatter about the fit: ``nan`` for two points.
+        noise_trace: Trace of C, the covariance of the batch gradient: that of one example over B.
+        momentum: Momentum coefficient of the runs.
+        dampening: Dampening.
+        nesterov: Whether the momentum is Nesterov's.
+
+    Returns:
+        ``slope`` a and ``bend`` c with their errors, ``chi_square`` of the fit (``nan`` without
+        ``stderrs``), ``curvature`` :math:`h_{\mathrm{eff}}` with the error from the slope (``nan`` without
+        ``noise_trace``).
+
+    Shapes:
+        Sequences of one length -> numbers.
+
+    Units:
+        Slope loss^3 / parameter^4, bend loss^4 / parameter^6, curvature loss / parameter^2.
+
+    Raises:
+        InputError: Sequences of different lengths, fewer than two different learning rates, learning
+            rates or errors that are not positive, momentum outside [0, 1), or Nesterov with dampening.
+
+    Source:
+        Yaida 2018, arXiv:1810.00004, section 3; the factor of momentum and the bend of a quadratic bowl are
+        derived here.
+
+    Example:
+        >>> fit = harmonicity([0.01, 0.02, 0.04], [0.0102, 0.0208, 0.0432], noise_trace=0.5)
+        >>> round(fit.slope, 6), round(fit.bend, 6), round(fit.curvature, 6)
+        (1.0, 2.0, 4.0)
+    """
+    eta, left = np.asarray(lrs, dtype=np.float64), np.asarray(lefts, dtype=np.float64)
+    error = eta if stderrs is None else np.asarray(stderrs, dtype=np.float64)
+    _check_runs(eta, left, error)
+    # left / eta = a + c eta is the same least-squares problem
+    (bend, slope), covariance = np.polyfit(eta, left / eta, 1, w=eta / error, cov="unscaled")
+    chi_square = np.square((left - slope * eta - bend * eta**2) / error).sum()
+    if stderrs is None:
+        freedom = len(eta) - 2
+        covariance, chi_square = covariance * (chi_square / freedom if freedom else np.nan), np.nan
+    bend_error, slope_error = np.sqrt(np.diag(covariance))
+    per_slope = np.nan if noise_trace is None else 2 / (_gain(momentum, dampening, nesterov) * noise_trace)
+    numbers = (slope, slope_error, bend, bend_error, chi_square, slope * per_slope, slope_error * per_slope)
+    return Harmonicity(*map(float, numbers))
+
+
+def _gain(momentum: float, dampening: float, nesterov: bool) -> float:
+    """Variance of the direction d that noise of unit variance per step adds up to."""
+    if not 0 <= momentum < 1:
+        raise InputError("momentum must lie in [0, 1)", got=momentum, fix="Write momentum=0.9.")
+    if nesterov and dampening:
+        raise InputError("Nesterov momentum has no dampening", got=dampening, fix="Write dampening=0.")
+    fresh, carried = (1 + momentum, momentum**2) if nesterov else (1 - dampening, momentum)
+    return fresh**2 + ((1 - dampening) * carried) ** 2 / (1 - momentum**2)
+
+
+def _check_runs(eta: Array, left: Array, error: Array) -> None:
+    """Refuse what no line can be fitted to."""
+    if not eta.shape == left.shape == error.shape or eta.ndim != 1:
+        raise InputError(
+            "learning rates, left sides and errors must be sequences of one length",
+            got=[list(each.shape) for each in (eta, left, error)],
+            fix="Pass one left side and one standard error per learning rate.",
+        )
+    if len(set(eta.tolist())) < 2:
+        raise InputError(
+            "the fit needs two or more different learning rates",
+            got=eta.tolist(),
+            fix="Run to a stationary state at several, for instance 0.01, 0.02 and 0.05.",
+        )
+    if not ((eta > 0) & (error > 0)).all():
+        raise InputError(
+            "learning rates and standard errors must be positive",
+            got=[eta.tolist(), error.tolist()],
+            fix="Leave out runs without an error, or write stderrs=None.",
+        )
+
+
+def shuffling_factor(curvature_times_lr: float, steps_per_epoch: int) -> float:
+    r"""How much colder epoch shuffling leaves a direction than independent batches do, exactly.
+
+    Variance of a weight under plain SGD with batches drawn without replacement within an epoch, over that
+    with independent batches of the same variance. Noise of one epoch adds up to zero, so two of its M steps
+    have the covariance :math:`-\sigma^2/(M-1)`. With :math:`a = 1 - \eta h`, and mean and variance
+    :math:`m_k, v_k` of :math:`a^0 \dots a^{k-1}`, the noise of the first k steps of an epoch and the start
+    of an epoch contribute
+
+    .. math::
+        S_k = \frac{\sigma^2 k}{M-1}\,\big[M v_k + (M - k)\,m_k^2\big], \qquad
+        V_0 = \frac{\eta^2 S_M}{1 - a^{2M}}, \qquad
+        V = \frac1M \sum_{k<M} \big(a^{2k}\,V_0 + \eta^2 S_k\big)
+
+    against :math:`\eta^2\sigma^2/(1-a^2)`. For :math:`\eta h M \ll 1` the ratio is
+    :math:`\eta h\,(M+1)/3`; it is 1 at :math:`\eta h = 1`, and beyond, where steps overshoot, a little more.
+
+    Args:
+        curvature_times_lr: Curvature times learning rate, :math:`\eta h`.
+        steps_per_epoch: Steps per epoch M, the data set over the batch size.
+
+    Returns:
+        The ratio of variances.
+
+    Shapes:
+        Plain numbers.
+
+    Units:
+        1.
+
+    Raises:
+        InputError: ``curvature_times_lr`` outside (0, 2), where the direction is not stable, or fewer than
+            two steps per epoch.
+
+    Source:
+        The effect: Kühn & Rosenow 2023, arXiv:2306.05300; the formula is derived here and tested against
+        simulation.
+
+    Example:
+        >>> round(shuffling_factor(0.1, steps_per_epoch=10), 4)
+        0.3026
+    """
+    if not 0 < curvature_times_lr < 2:
+        raise InputError(
+            "curvature times learning rate must lie in (0, 2), where SGD is stable",
+            got=curvature_times_lr,
+            fix="Pass the product of the two, for instance 0.01.",
+        )
+    if steps_per_epoch < 2:
+        raise InputError(
+            "shuffling needs two or more steps per epoch",
+            got=steps_per_epoch,
+            fix="A single batch with all the data has no noise.",
+        )
+    M, a = steps_per_epoch, 1 - curvature_times_lr
+    k = np.arange(1, M + 1)
+    lost = a ** (k - 1.0) - 1  # the variance of what is lost is exact where a is close to 1
+    mean = np.cumsum(lost) / k
+    variance = np.cumsum(lost**2) / k - mean**2
+    S = k / (M - 1) * (M * variance + (M - k) * (1 + mean) ** 2)
+    start = S[-1] / (1 - a ** (2 * M))
+    shuffled = np.mean(a ** (2 * k - 2.0) * start + np.append(0, S[:-1]))
+    return float(shuffled * (1 - a**2))
