@@ -155,6 +155,22 @@ def test_short_series_are_unresolved_or_wide(times, fewest, nans):
     assert resolved < 1 - nans
 
 
+@pytest.mark.parametrize(("samples", "resolved"), [(2, True), (20, False)])
+def test_moving_averages_cover_or_are_unresolved(samples, resolved):
+    # blocks of 2 samples under a decay of 0.95 count as 19, blocks of 20 as 2
+    x = series(0.0, 32 * samples)
+    decay = 0.95 ** np.arange(len(x) - 1, -1, -1.0)
+    starts = samples * np.arange(32)
+    sums, weights = np.add.reduceat(x * decay[:, None], starts, axis=0), np.add.reduceat(decay, starts)
+    left = (sums.sum(0) - sums) / (weights.sum() - weights)[:, None]
+    if resolved:
+        covered, share = coverage(sums.sum(0) / weights.sum(), left, weights, 0.0)
+        assert 0.92 < covered < 0.98
+        assert share > 0.99
+    else:
+        assert not lumping(sums / weights[:, None], weights).groups.any()
+
+
 def test_lumping_does_not_see_scale_and_offset():
     x = draws(20, 3).numpy()
     scaled = lumping(np.array([1e-9, 1.0, 1e9]) * x + np.array([0.0, 1e3, 0.0]), np.ones(20))

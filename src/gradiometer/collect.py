@@ -14,14 +14,14 @@ from .errors import SampleSkippedError, UnsupportedError
 from .linalg import inner_products, squared_norms
 from .snapshot import GroupSettings, Update, Weights, Work
 from .sources import AutoSource, ExampleSource, NormLayerSource, SplitSource
+from .updates import displacements, rebuilds, squared_displacements
 
 
 class UpdateCollector(Collector):
-    """The displacement of each parameter group.
+    """The displacement of each section.
 
-    Under SGD it is rebuilt from what the optimizer leaves behind: torch's buffer ``b`` is the direction
-    itself, and without momentum ``d (1 - lr wd) = grad + wd theta'``. Nesterov, whose multi-tensor form
-    overwrites the gradient, and any other optimizer cost a copy of the weights on sampled steps.
+    It is rebuilt from what the optimizer leaves behind where that is exact; any other optimizer costs a
+    copy of the weights on sampled steps.
     """
 
     def __init__(self, run: Run) -> None:
@@ -30,7 +30,7 @@ class UpdateCollector(Collector):
 
     def before_step(self) -> None:
         """Copy the weights where the update cannot be rebuilt."""
-        if not is_rebuilt(self.run.optimizer):
+        if not rebuilds(self.run.optimizer):
             self._copies = [self._copy(group["params"]) for group in self.run.optimizer.param_groups]
 
     def _copy(self, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -46,27 +46,35 @@ class UpdateCollector(Collector):
 
     def result(self) -> Update:
         """Squared displacement, and its inner product with the buffer for Nesterov."""
-        sections = self.run.sections
+        if self._copies is None and not rebuilds(self.run.optimizer):
+            raise SampleSkippedError(
+                "the weights before the step were not seen", fix="Call monitor.before_step()."
+            )
         squares, dots = [], []
         for g, group in enumerate(self.run.optimizer.param_groups):
-            trained = _trained(group["params"])
-            if self._copies is not None:
-                moved = self._copies[g]
+            reduce = self.run.sections.reduce
+            if self._copies is None:
+                rows = squared_displacements(self.run.optimizer, group, self.run.scratch)
+                squares.append(reduce(group["params"], rows))
+            else:
+                trained, moved = _trained(group["params"]), self._copies[g]
                 if moved:
                     torch._foreach_sub_(moved, [p.detach() for p in trained])
-                squares.append(sections.sums(squared_norms, trained, moved))
-                velocities = _velocities(self.run.optimizer, trained)
-                if group.get("nesterov") and velocities:
-                    dots.append(sections.sums(inner_products, trained, moved, velocities))
-            elif is_rebuilt(self.run.optimizer):
-                directions = sgd_directions(self.run.optimizer, group)
-                squares.append(sections.sums(squared_norms, trained, directions) * float(group["lr"]) ** 2)
-            else:
-                raise SampleSkippedError(
-                    "the weights before the step were not seen", fix="Call monitor.before_step()."
-                )
-        total = _added(squares)
-        return Update(total, _added(dots) if dots else total * 0)
+                squares.append(self.run.sections.sums(squared_norms, trained, moved))
+            if is_sgd(self.run.optimizer) and group["nesterov"]:
+                dots.append(self._along_buffer(g, group))
+        return Update(_added(squares), _added(dots) if dots else None)
+
+    def _along_buffer(self, index: int, group: Mapping[str, Any]) -> Tensor:
+        """Inner product of the displacement with the buffer."""
+        trained = _trained(group["params"])
+        if self._copies is not None:
+            moved = self._copies[index]
+        else:
+            every = displacements(self.run.optimizer, group)
+            moved = [u for u, p in zip(every, group["params"], strict=True) if p.grad is not None]
+        buffers = _velocities(self.run.optimizer, trained)
+        return self.run.sections.sums(inner_products, trained, moved, buffers)
 
 
 class WorkCollector(Collector):
@@ -116,17 +124,30 @@ class WeightCollector(Collector):
 
     def result(self) -> Weights:
         """Both, by section."""
+        return self._of([p.detach() for p in self.run.sections.parameters])
+
+    def _of(self, weights: list[Tensor]) -> Weights:
         sections = self.run.sections
         parameters = sections.parameters  # idle ones count too
-        squares = sections.sums(squared_norms, parameters, [p.detach() for p in parameters])
-        held = [(p, _buffer(self.run.optimizer, p)) for p in parameters]
-        moving = [(p, b) for p, b in held if b is not None]
+        squares = sections.sums(squared_norms, parameters, weights)
+        held = [(p, w, _buffer(self.run.optimizer, p)) for p, w in zip(parameters, weights, strict=True)]
+        moving = [(p, w, b) for p, w, b in held if b is not None]
         dots = squares * 0
         if moving:
-            with_buffer, buffers = map(list, zip(*moving, strict=True))
-            weights = [p.detach() for p in with_buffer]
-            dots = sections.sums(inner_products, with_buffer, weights, buffers)
-        return Weights(squares, dots, torch.tensor(self.run.updates, dtype=torch.float64))
+            dots = sections.sums(inner_products, *map(list, zip(*moving, strict=True)))
+        updates = torch.tensor(self.run.updates, dtype=torch.float64)
+        return Weights(squares, dots, updates, self.run.drifts)
+
+
+class CentredWeightCollector(WeightCollector):
+    """The same for the weights less what they were at the window's first record."""
+
+    def result(self) -> Weights:
+        """Both, by section; 0 where the window begins."""
+        for parameter in self.run.sections.parameters:
+            if parameter not in self.run.centre:
+                self.run.centre[parameter] = parameter.detach().clone()
+        return self._of([p.detach() - self.run.centre[p] for p in self.run.sections.parameters])
 
 
 class StepFactorCollector(Collector):
@@ -174,6 +195,7 @@ COLLECTORS: Mapping[str, type[Collector]] = {
     "update": UpdateCollector,
     "work": WorkCollector,
     "weights": WeightCollector,
+    "centred_weights": CentredWeightCollector,
     "step_factors": StepFactorCollector,
 }
 
@@ -185,15 +207,6 @@ def is_sgd(optimizer: torch.optim.Optimizer) -> bool:
         optimizer: Any optimizer.
     """
     return type(optimizer) is torch.optim.SGD
-
-
-def is_rebuilt(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the update can be read off after the step: SGD, but not Nesterov's.
-
-    Args:
-        optimizer: Any optimizer.
-    """
-    return is_sgd(optimizer) and not any(group["nesterov"] for group in optimizer.param_groups)
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> tuple[GroupSettings, ...]:
@@ -226,30 +239,6 @@ def group_settings(optimizer: torch.optim.Optimizer) -> tuple[GroupSettings, ...
             )
         )
     return tuple(settings)
-
-
-def sgd_directions(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> list[Tensor]:
-    """Directions ``d = (theta_t - theta_{t+1}) / lr`` after a step of ``torch.optim.SGD`` without Nesterov.
-
-    Args:
-        optimizer: The optimizer, right after its step, gradients still in place.
-        group: One of its parameter groups.
-
-    Returns:
-        Directions of the parameters that had a gradient; the buffers themselves under momentum.
-    """
-    lr, decay = float(group["lr"]), group["weight_decay"]
-    sign = -1.0 if group["maximize"] else 1.0
-    parameters = _trained(group["params"])
-    if group["momentum"]:
-        return _velocities(optimizer, parameters)
-    directions = []
-    for parameter in parameters:
-        direction = sign * _gradient(parameter)
-        if decay:
-            direction = direction.add(parameter.detach(), alpha=decay) / (1.0 - lr * decay)
-        directions.append(direction)
-    return directions
 
 
 def _gradient(parameter: Tensor) -> Tensor:

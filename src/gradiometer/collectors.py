@@ -41,6 +41,8 @@ class Run:
         earlier_batch: The same of the latest micro-batch of the step before.
         recording: Whether anything is recorded at this step; only then may a collector wait for the device.
         updates: Optimizer steps seen so far.
+        drifts: Steps so far at which a learning rate moved.
+        centre: Weights at the window's first record, where they are asked for.
         scratch: One tensor of the shape of each parameter, kept between steps: allocating them anew costs
             more than filling them.
     """
@@ -59,6 +61,8 @@ class Run:
     earlier_batch: tuple[Any, Any] | None = None
     recording: bool = False
     updates: int = 0
+    drifts: int = 0
+    centre: dict[Tensor, Tensor] = field(default_factory=dict)
     scratch: dict[Tensor, Tensor] = field(default_factory=dict)
 
 

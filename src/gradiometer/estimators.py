@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -46,6 +46,8 @@ class Reference:
         path: The window's known start and the end of each of its blocks.
         layout: Names and shapes of the levels.
         samples: Number of samples behind the averages.
+        blocks: Sums over each block, and its samples.
+        sums_layout: Names and shapes of the sums.
         weights: Samples in each group of blocks that the replicates leave out; none while there are too
             few groups for an error.
     """
@@ -58,6 +60,8 @@ class Reference:
         path: list[Moment],
         layout: Layout,
         samples: float,
+        blocks: Sequence[tuple[Tensor, float]] = (),
+        sums_layout: Layout | None = None,
         weights: Tensor | None = None,
     ) -> None:
         self.step = step
@@ -66,6 +70,7 @@ class Reference:
         self.samples = samples
         self.weights = torch.zeros(0, dtype=torch.float64) if weights is None else weights
         self._first, self._previous, self._path, self._layout = first, previous, path, layout
+        self._blocks, self._sums_layout = blocks, sums_layout or []
 
     @cached_property
     def first(self) -> dict[str, Tensor]:
@@ -88,6 +93,18 @@ class Reference:
     def path_steps(self) -> Tensor:
         """Steps along the window, ``[K]``."""
         return torch.tensor([moment.step for moment in self._path], dtype=torch.float64)
+
+    @cached_property
+    def block_weights(self) -> Tensor:
+        """Samples in each block along the window, ``[K - 1]``."""
+        return torch.tensor([weight for _, weight in self._blocks], dtype=torch.float64)
+
+    @cached_property
+    def block_means(self) -> dict[str, Tensor]:
+        """Means over the samples of each block along the window, ``[K - 1, ...]``; 0 without a sample."""
+        size = sum(math.prod(shape) for _, shape in self._sums_layout)
+        rows = [sums / weight if weight else torch.zeros(size).double() for sums, weight in self._blocks]
+        return _unflatten(torch.stack(rows), self._sums_layout) if rows else {}
 
 
 @dataclass
@@ -296,6 +313,8 @@ class Estimator(ABC):
             path=[moment for moment in moments if moment.levels.numel()],
             layout=state.levels_layout,
             samples=sum(block.weight for block in state.blocks),
+            blocks=[(block.sums, block.weight) for block in state.blocks],
+            sums_layout=state.sums_layout,
             weights=self.replicates()[1],
         )
 

@@ -317,6 +317,7 @@ class Monitor:
         self._run.updates += 1
         if self._settings.jumped(optimizer, sum(self._run.sizes)):
             self._restart("settings")
+        self._run.drifts = self._settings.drifts
         if not (self._begun and not self._due):
             self._measure_update()
         self._finish_step()
@@ -327,6 +328,7 @@ class Monitor:
         for slot in self._slots:
             if reason in slot.observable.restarts:
                 slot.estimator.reset(everything=reason == "parameters")
+        self._run.centre.clear()
 
     def _measure_update(self) -> None:
         """Evaluate what needs the update, and record."""

@@ -123,7 +123,9 @@ class Sections:
         """
         if len(self._sizes) == 1:
             return rows.sum(0, keepdim=True)
-        members = [self._section[id(parameter)] for parameter in parameters]
+        count = len(self._sizes)  # what has no section was never trained: its rows go into one more
+        members = [self._section.get(id(parameter), count) for parameter in parameters]
         if self._lookup is None or self._lookup[0] != members or self._lookup[1].device != rows.device:
             self._lookup = members, torch.tensor(members, device=rows.device)
-        return rows.new_zeros(len(self._sizes), *rows.shape[1:]).index_add_(0, self._lookup[1], rows)
+        sums = rows.new_zeros(count + 1, *rows.shape[1:])
+        return sums.index_add_(0, self._lookup[1], rows)[:count]

@@ -16,6 +16,7 @@ class Settings:
 
     A learning rate that moves by less than 1 % per step drifts; more is a jump. A batch of another size
     counts once it has come three times in a row, since the last one of an epoch is often short.
+    ``drifts`` counts the steps at which a rate moved.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
@@ -32,6 +33,7 @@ class Settings:
         self._others: list[Any] = []
         self._batch = 0
         self._unusual = 0
+        self.drifts = 0
 
     def jumped(self, optimizer: torch.optim.Optimizer, batch: int) -> bool:
         """Whether this step differs from the one before by more than a drift.
@@ -51,6 +53,7 @@ class Settings:
             return batch_jumped
         if others != before[1] or len(rates) != len(before[0]):
             return True
+        self.drifts += 1
         steps = zip(rates, before[0], strict=True)
         return batch_jumped or any(abs(new - old) > _JUMP * abs(old) for new, old in steps)
 

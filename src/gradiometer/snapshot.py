@@ -22,6 +22,7 @@ _SUPPLIED_BY = {
     "update": "monitor.before_step() before the optimizer's step",
     "work": "monitor.before_step() before the optimizer's step",
     "weights": "the optimizer's step itself",
+    "centred_weights": "the optimizer's step itself",
     "step_factors": "the optimizer's step itself",
     "batch_size": "monitor.micro_batch(x, y) around each forward and backward",
     "dataset_size": "Monitor(dataset_size=...)",
@@ -103,14 +104,15 @@ class Update:
 
     Args:
         displacement_sq: Squared norm of ``theta_t - theta_{t+1}``.
-        displacement_dot_velocity: Its inner product with torch's momentum buffer; 0 without Nesterov.
+        displacement_dot_velocity: Its inner product with torch's momentum buffer under Nesterov, else
+            ``None``.
 
     Shapes:
         Each ``[U]``.
     """
 
     displacement_sq: Tensor
-    displacement_dot_velocity: Tensor
+    displacement_dot_velocity: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class Weights:
         sq_norm: Squared norm of the weights.
         dot_velocity: Inner product of the weights with torch's momentum buffer, 0 without one.
         updates: Number of optimizer steps seen so far, scalar.
+        drifts: Number of steps so far at which the learning rate moved.
 
     Shapes:
         sq_norm and dot_velocity ``[U]``, updates scalar.
@@ -146,6 +149,7 @@ class Weights:
     sq_norm: Tensor
     dot_velocity: Tensor
     updates: Tensor
+    drifts: int = 0
 
 
 _UNSET: Any = object()
@@ -173,6 +177,7 @@ class Snapshot:
         update: The update this step made.
         work: Inner products for verification.
         weights: State functions of the weights after the step.
+        centred_weights: The same, relative to the weights at the window's first record.
         step_factors: How far the optimizer moves each weight per unit of gradient, by parameter name.
 
     Raises:
@@ -202,6 +207,7 @@ class Snapshot:
     update: Update = _UNSET
     work: Work = _UNSET
     weights: Weights = _UNSET
+    centred_weights: Weights = _UNSET
     step_factors: Mapping[str, float | Tensor] = _UNSET
 
     def __getattribute__(self, name: str) -> Any:

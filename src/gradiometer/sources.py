@@ -311,7 +311,11 @@ class MicroBatchSource(_Source):
 
 
 class SplitSource(_Source):
-    """The step's last micro-batch, split: a pass of its own for each piece, in evaluation mode."""
+    """The step's last micro-batch, split: a pass of its own for each piece, in the modes of training.
+
+    The whole gradient is the mean over the pieces, so that batch norm, which normalises within each,
+    is the same in both.
+    """
 
     pieces: ClassVar[int] = 8
 
@@ -329,10 +333,9 @@ class SplitSource(_Source):
         if pieces < 2:
             raise SampleSkippedError("a batch of one example cannot be split", got=examples(x))
         parameters = list(self._trained.values())
-        gradients, sizes = split_gradients(
+        gradients, counts = split_gradients(
             self.run.model, self.run.loss_fn, x, y, pieces, parameters=parameters
         )
-        counts = torch.tensor(sizes)
         mean = self.run.loss_reduction == "mean"
         factors = torch.ones(pieces) if mean else 1.0 / counts
         weights = (torch.full((pieces,), 1.0 / pieces) if mean else counts / counts.sum()).tolist()

@@ -22,7 +22,7 @@ from .statistics import correlated_jackknife, t_quantile
 
 Floats = NDArray[np.float64]
 
-FEWEST_KNOTS = 8
+FEWEST_KNOTS = 10
 """With fewer records in the window nothing is decided."""
 
 _LENGTHS = np.geomspace(0.02, 3000.0, 150)  # of the window, in correlation times
@@ -50,16 +50,16 @@ def end_point_deviation(steps: Floats, path: Floats) -> Floats:
     window that removes most of the variance, too, and both :math:`x` and :math:`\sigma^2` come from
     comparing the increments of the residuals with the residuals: expectations of both are known for
     every x. Since x is poorly known when it is small, a window that looks like x correlation times is
-    taken as :math:`x^2 / (x + 8)`. In simulations twice the result covers the true difference in 85 to
-    90 % of the windows of one or two correlation times and in 93 to 97 % of those longer than four; the
-    plain scatter about the trend does so in 65 and 80 to 90 %.
+    taken as :math:`x^2 / (x + 8)`. In simulations twice the result covers the true difference in 91 to
+    97 % of the windows of four correlation times or more, in 82 to 90 % of those of one or two, and in
+    about 80 % of those of a third of one; the plain scatter about the trend in 80 to 95 % and in 65 %.
 
     Args:
         steps: Positions of the knots, about equally spaced.
         path: The series at the knots, one per column where there are several.
 
     Returns:
-        The standard deviation; ``nan`` for fewer than eight knots.
+        The standard deviation; ``nan`` for fewer than ten knots.
 
     Shapes:
         steps ``[K]``, path ``[K, ...]`` -> ``[...]``.
@@ -127,9 +127,11 @@ def stationary(
     of the others fails. Otherwise the window is too short to tell.
 
     On a quadratic with gradient noise, P modes and softest curvature h, the standard deviation is
-    :math:`2 / (\eta h t \sqrt P)` for the second half of t steps. Stationary runs are declared with
-    a probability of 0.6 or more when that has come down to X / 2 and of 0.95 at some check until a
-    time half as long again; runs with a true excess over 3X in less than 5 % at all checks together.
+    :math:`2 / (\eta h t \sqrt P)` for the second half of t steps. When that has come down to X / 2,
+    stationary runs are declared at the first check in 50 to 99 % of the cases, and at one of the checks
+    until a time half as long again in 95 % or more. Runs with a true excess over 3X are declared at a
+    single check in 2 % at most, and at any of 20 checks in 1 to 5 % (7 % when they start near
+    equilibrium and are checked from half a correlation time on).
 
     Args:
         steps: Positions of the knots along the window, in optimizer steps.

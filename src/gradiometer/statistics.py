@@ -120,7 +120,8 @@ def correlated_jackknife(full: Tensor, left_out: Tensor, weights: Tensor) -> Blo
     variance = np.full(len(groups), np.nan)
     for count in set(groups.tolist()) - {0}:
         columns = groups == count
-        variance[columns] = _variance(*_lump(values[:, columns], shares, count))
+        lumped, parts = _lump(values[:, columns], shares, count)
+        variance[columns], groups[columns] = _variance(lumped, parts), len(parts)
     stderr = np.sqrt(inflation * variance)
     return BlockError(torch.from_numpy(stderr).to(full.dtype), torch.from_numpy(groups))
 
@@ -160,7 +161,7 @@ def jackknife_covariance(full: Tensor, left_out: Tensor, weights: Tensor) -> Blo
     values, shares = _lump(values, shares, groups)
     centred = (values - shares @ values) * np.sqrt(each.inflation)
     matrix = (centred.T * (shares**2 / (1 - shares))) @ centred
-    return BlockCovariance(torch.from_numpy(matrix).to(full.dtype), groups)
+    return BlockCovariance(torch.from_numpy(matrix).to(full.dtype), len(shares))
 
 
 class Lumping(NamedTuple):
@@ -181,13 +182,17 @@ def lumping(means: Floats, weights: Floats) -> Lumping:
     .. math:: \frac{(g - 1) v(X)}{v(X / g) - v(X)}, \qquad v(x) = \frac{2}{x^2}(x - 1 + e^{-x}), \qquad
               X = \text{length of the series} / \tau
 
+    Blocks count by their weights: n blocks whose shares are :math:`p_j` make :math:`1 / \sum_j p_j^2` of
+    equal weight. So a moving average that rests on its last few blocks has no error.
+
     Args:
         means: Means of consecutive blocks, or the jackknife's pseudo-values; one series per column.
         weights: Weight (number of samples) of each block.
 
     Returns:
-        Between 4 and 8 groups per column, or 0 when the series is shorter than four correlation times;
-        and the factor by which the variance of the mean, as estimated from the groups, is multiplied.
+        Between 4 and 8 groups per column, or 0 when the series is shorter than four correlation times or
+        has fewer than four blocks of equal weight; and the factor by which the variance of the mean, as
+        estimated from the groups, is multiplied.
 
     Shapes:
         means ``[n, S]``, weights ``[n]`` -> ``[S]`` and ``[S]``.
@@ -210,10 +215,11 @@ def lumping(means: Floats, weights: Floats) -> Lumping:
     successive = (1 / spread) @ np.square(np.diff(means, axis=0)) / (blocks - 1)
     constant = variance <= weights.mean() * np.square(_ROUNDING * average)
     ratio = np.divide(successive, variance, out=np.ones_like(variance), where=~constant)
-    times = blocks * np.interp(-ratio, _minus_expected_ratio(blocks), _LENGTHS)
-    groups = np.clip(times // _GROUP_LENGTH, _FEWEST_GROUPS, min(blocks, _MOST_GROUPS))
+    effective = weights.sum() ** 2 / (weights @ weights)
+    times = effective * np.interp(-ratio, _minus_expected_ratio(blocks), _LENGTHS)
+    groups = np.clip(times // _GROUP_LENGTH, _FEWEST_GROUPS, min(round(effective), _MOST_GROUPS))
     whole, part = _mean_variance(times), _mean_variance(times / groups)
-    resolved = times >= _FEWEST_GROUPS
+    resolved = (times >= _FEWEST_GROUPS) & (round(effective) >= _FEWEST_GROUPS)
     return Lumping(np.where(resolved, groups, 0).astype(np.int64), (groups - 1) * whole / (part - whole))
 
 
@@ -360,8 +366,9 @@ def _pseudo_values(full: Tensor, left_out: Tensor, weights: Tensor) -> tuple[Flo
 
 
 def _lump(values: Floats, shares: Floats, groups: int) -> tuple[Floats, Floats]:
-    """Averages over groups of neighbours that are as equal in number as can be, and their shares."""
-    starts = np.arange(groups) * len(shares) // groups
+    """Averages over groups of neighbours that are as equal in weight as can be, and their shares."""
+    group = np.floor((np.cumsum(shares) - shares / 2) * groups)
+    starts = np.flatnonzero(np.diff(group, prepend=-1.0))
     lumped = np.add.reduceat(shares, starts)
     return np.add.reduceat(values * shares[:, None], starts) / lumped[:, None], lumped
 

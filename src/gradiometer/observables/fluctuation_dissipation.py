@@ -7,9 +7,10 @@ be multiplied with the weights. Equality says that the norm of the weights has s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -19,10 +20,8 @@ from ..estimators import Estimator, HalfRun, Last, Reference
 from ..records import Quantity
 from ..schedules import Schedule, every
 from ..snapshot import Snapshot
-from ..statistics import detrended_variance
+from ..stationarity import Decision, Floats, end_point_deviation, sasa_plus, stationary
 from .base import Estimate, Numbers, Observable
-
-_LR_TOLERANCE = 1e-12
 
 
 class Relation(NamedTuple):
@@ -96,14 +95,26 @@ def fluctuation_dissipation(
     nesterov = torch.as_tensor(nesterov)
     if bool((nesterov & torch.as_tensor(dampening).ne(0)).any()):
         raise InputError("Nesterov momentum has no dampening", got=dampening, fix="Write dampening=0.")
-    heavy_ball = (1 + momentum) / (2 * (1 - dampening)) * displacement_sq / lr
-    looking_ahead = (1 - momentum) / (2 * lr) * displacement_sq + momentum**2 * displacement_dot_velocity
-    right = torch.where(nesterov, looking_ahead, heavy_ball)
+    right = _right(displacement_sq, displacement_dot_velocity, lr, momentum, dampening, nesterov)
     start, end = (
         _level(sq, dot, lr, momentum, dampening, nesterov)
         for sq, dot in zip(weight_sq, weight_dot_velocity, strict=True)
     )
     return Relation(right - (end - start) / steps, right)
+
+
+def _right(
+    displacement_sq: Tensor,
+    displacement_dot_velocity: Tensor | float,
+    lr: Tensor | float,
+    momentum: Tensor | float,
+    dampening: Tensor | float,
+    nesterov: Tensor,
+) -> Tensor:
+    """The right side, from the squared update."""
+    heavy_ball = (1 + momentum) / (2 * (1 - dampening)) * displacement_sq / lr
+    looking_ahead = (1 - momentum) / (2 * lr) * displacement_sq + momentum**2 * displacement_dot_velocity
+    return torch.where(nesterov, looking_ahead, heavy_ball)
 
 
 def _level(
@@ -120,20 +131,29 @@ def _level(
     return (1 - momentum) / (2 * lr * (1 - dampening)) * weight_sq - coupled
 
 
+Test = Literal["tolerance", "sasa", "sasa_blocks"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FluctuationDissipation(Observable):
-    """Both sides of FDR1 over the second half of the run, in total and per parameter group.
+    """Both sides of FDR1 over the second half of the run, in total and per section of parameters.
 
     Under ``torch.optim.SGD`` with constant settings in the window it is Yaida's relation, momentum,
-    dampening, Nesterov and L2 included. For every other optimizer, and where the learning rate changes
+    dampening, Nesterov and L2 included. For every other optimizer, and where the learning rate drifts
     within the window, it is the master form, a statement about the norm of the weights alone; the note
-    says which one it is. The error of the ratio comes from the scatter of the end points about their
-    trend, since errors from blocks are several times too wide for a telescoping series.
+    says which one it is. A jump of the settings begins the window anew. The error of the ratio is that
+    of its end points, since errors from blocks are several times too wide for a telescoping series.
 
     Args:
         schedule: When it is recorded; every 50 steps by default.
         sampling: When the squared update is sampled; every 10 steps by default.
         estimator: Window; Yaida's half-running average by default. ``Last`` has none and is refused.
+        tolerance: How far from 1 the ratio may be at a stationary state.
+        test: How ``stationary`` is decided: ``"tolerance"``; ``"sasa"``, the test of SASA+ with the errors
+            of end points; ``"sasa_blocks"``, the same with errors from blocks, as published.
+        centred: Take the weights relative to those at the window's first record: the same stationary
+            value, with less scatter where weights fluctuate about a large mean. Keeps a copy of the
+            weights, also in the checkpoint.
         verify: Also accumulate the inner product of weights and gradient at every step and report the
             residual of the identity. Costs a copy of the weights per step.
 
@@ -141,13 +161,14 @@ class FluctuationDissipation(Observable):
         Loss; the ratio has none.
 
     Source:
-        arXiv:1810.00004.
+        arXiv:1810.00004; SASA+: arXiv:2002.10597.
 
     Shapes:
-        Scalars, in total and per parameter group.
+        Scalars, in total and per section.
 
     Raises:
-        InputError: If the estimator keeps no window.
+        InputError: If the estimator keeps no window, the tolerance is not positive, there is no such
+            test, or ``centred`` is to be verified.
 
     Example:
         >>> FluctuationDissipation(schedule=100).samples(10)
@@ -162,16 +183,21 @@ class FluctuationDissipation(Observable):
         "left": Quantity("loss", "Left side, the mean of weights times gradient."),
         "right": Quantity("loss", "Right side, the mean squared update."),
         "ratio": Quantity("1", "Left over right: 1 at a stationary state."),
+        "stationary": Quantity("1", "1 where the run has settled, 0 where it has not."),
+        "resolution": Quantity("1", "Standard deviation of the ratio at a stationary state."),
         "weight_norm_sq": Quantity("parameter^2", "Squared norm of the weights."),
         "residual": Quantity("1", "Violation of the identity, relative to the right side."),
     }
 
     schedule: Schedule | int = 50
     sampling: Schedule | int | None = 10
+    tolerance: float = 0.05
+    test: Test = "tolerance"
+    centred: bool = False
     verify: bool = False
 
     def __post_init__(self) -> None:
-        """Sample every step when verifying; refuse an estimator without a window."""
+        """Sample every step when verifying; refuse what cannot be."""
         if self.verify:
             object.__setattr__(self, "sampling", every(1))
         super().__post_init__()
@@ -181,22 +207,31 @@ class FluctuationDissipation(Observable):
                 got="Last()",
                 fix="Write estimator=HalfRun(), Window(1000) or Mean().",
             )
+        if self.test not in get_args(Test):
+            raise InputError(
+                "unknown test of stationarity", got=repr(self.test), fix=f"Write one of {get_args(Test)}."
+            )
+        if not self.tolerance > 0:
+            raise InputError("tolerance must be positive", got=self.tolerance, fix="Write tolerance=0.05.")
+        if self.centred and self.verify:
+            raise InputError(
+                "the identity is verified for the weights themselves",
+                got="centred=True, verify=True",
+                fix="Leave one of them out.",
+            )
 
     def required(self, recording: bool) -> frozenset[str]:
         """The update, the weights at recording steps, and the inner products when verifying."""
         work = {"work"} if self.verify else set()
-        return frozenset({"update"} | work | (set(self.level_needs) if recording else set()))
+        ends = self.level_needs | ({"centred_weights"} if self.centred else set())
+        return frozenset({"update"} | work | (ends if recording else set()))
 
     def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        """Squared update and learning rate of this step, per group."""
+        """Squared update of this step, per section."""
         update = snapshot.update
-        lr = torch.tensor([group.lr for group in snapshot.section_settings], dtype=torch.float64)
-        statistics = {
-            "displacement_sq": update.displacement_sq,
-            "displacement_dot_velocity": update.displacement_dot_velocity,
-            "lr": lr,
-            "lr_sq": lr.square(),
-        }
+        statistics = {"displacement_sq": update.displacement_sq}
+        if update.displacement_dot_velocity is not None:
+            statistics["displacement_dot_velocity"] = update.displacement_dot_velocity
         if self.verify:
             statistics["weight_dot_gradient"] = snapshot.work.weight_dot_gradient
             statistics["weight_dot_displacement"] = snapshot.work.weight_dot_displacement
@@ -205,96 +240,147 @@ class FluctuationDissipation(Observable):
     def levels(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """The end points: norms, inner products with the velocity, and the settings that go with them."""
         weights = snapshot.weights
+        ends = snapshot.centred_weights if self.centred else weights
         return {
-            "weight_sq": weights.sq_norm,
-            "weight_dot_velocity": weights.dot_velocity,
+            "weight_norm_sq": weights.sq_norm,
+            "weight_sq": ends.sq_norm,
+            "weight_dot_velocity": ends.dot_velocity,
             "updates": weights.updates,
             "settings": torch.tensor(
-                [[g.lr, g.momentum, g.dampening, g.nesterov, g.is_sgd] for g in snapshot.section_settings],
+                [
+                    [g.lr, g.momentum, g.dampening, g.nesterov, g.is_sgd, weights.drifts]
+                    for g in snapshot.section_settings
+                ],
                 dtype=torch.float64,
             ),
         }
 
     def note(self, snapshot: Snapshot) -> str:
         """Which form the relation takes under this optimizer."""
-        if all(group.is_sgd for group in snapshot.groups):
-            return "SGD form while the learning rate is constant, else the master form"
-        return "master form: a statement about the norm of the weights"
+        groups = snapshot.groups
+        sgd = all(group.is_sgd for group in groups)
+        text = (
+            "SGD form while the learning rate is constant, else the master form"
+            if sgd
+            else "master form: a statement about the norm of the weights"
+        )
+        if not any(group.weight_decay for group in groups):
+            text += "; without weight decay the norm may grow for ever"
+        return text
 
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
-        """Both sides and their ratio, in total and per group, once the window has two ends."""
-        groups = now["weight_sq"].shape[-1]
+        """Both sides, their ratio and the decision, in total and per section, once there is a window."""
+        norms = now["weight_norm_sq"]
         window = _window(now, reference)
-        total = {"weight_norm_sq": now["weight_sq"].sum(-1), **_sides(window, slice(None))}
-        if groups > 1:
-            for g in range(groups):
-                if window is not None and not window.moves[g]:
-                    continue
-                own = _sides(window, slice(g, g + 1))
-                total.update({f"{name}/{g}": value for name, value in own.items()})
-                total[f"weight_norm_sq/{g}"] = now["weight_sq"][..., g]
-        return total
+        sections = norms.shape[-1]
+        readings = {"weight_norm_sq": norms.sum(-1), **self._sides(window, slice(None), "")}
+        for u in range(sections) if sections > 1 else ():
+            if window is None or window.moves[u]:
+                readings |= self._sides(window, slice(u, u + 1), f"/{u}")
+                readings[f"weight_norm_sq/{u}"] = norms[..., u]
+        return readings
+
+    def _sides(self, window: _Window | None, columns: slice, name: str) -> dict[str, Tensor | Estimate]:
+        """Readings of some sections together: both sides are sums over parameters."""
+        if window is None:
+            return {}
+        left, right = (side[..., columns].sum(-1) for side in window.relation)
+        level, rights = window.level[:, columns].sum(-1), window.rights[:, columns].sum(-1)
+        length = float(window.steps[-1] - window.steps[0])
+        deviation = float(end_point_deviation(window.steps, level)) / (length * float(right.reshape(-1)[0]))
+        decision = self._decide(window, level, rights)
+        sides: dict[str, Tensor | Estimate] = {
+            "left": left,
+            "right": right,
+            "ratio": Estimate(left / right, deviation),
+            "resolution": Estimate(deviation, math.nan, resolved=not math.isnan(deviation)),
+            "stationary": Estimate(
+                decision.value, math.nan, resolved=not math.isnan(decision.value), note=decision.reason
+            ),
+        }
+        if window.violation is not None:
+            sides["residual"] = window.violation[..., columns].sum(-1) / right
+        return {key + name: value for key, value in sides.items()}
+
+    def _decide(self, window: _Window, level: Floats, rights: Floats) -> Decision:
+        if self.test == "tolerance":
+            return stationary(
+                window.steps,
+                level,
+                rights,
+                window.weights,
+                self.tolerance,
+                constant_lr=window.constant,
+            )
+        errors = "blocks" if self.test == "sasa_blocks" else "end_points"
+        return sasa_plus(window.steps, level, errors=errors, constant_lr=window.constant)
 
 
 class _Window(NamedTuple):
-    """The relation of every group, the path of its level E, and the violation of the identity."""
+    """The relation of every section and what it is made of.
+
+    The level E and the number of updates at each knot, the right side and the samples between knots,
+    the violation of the identity, which sections move, and whether the settings stay the same.
+    """
 
     relation: Relation
-    path: Tensor
-    steps: Tensor
+    level: Floats
+    steps: Floats
+    rights: Floats
+    weights: Floats
     violation: Tensor | None
     moves: Tensor
+    constant: bool
 
 
 def _window(now: Mapping[str, Tensor], reference: Reference) -> _Window | None:
-    """The relation over the estimator's window, each parameter group in its own form.
+    """The relation over the estimator's window, each section in its own form.
 
-    A group whose learning rate is 0 does not move and takes no part.
+    A section whose learning rate is 0 does not move and takes no part.
     """
     path = reference.path
     if len(reference.path_steps) < 2 or "displacement_sq" not in now:
         return None
     steps, settings = path["updates"], path["settings"]
-    lr, momentum, dampening, nesterov, is_sgd = settings[-1].unbind(-1)
-    mean_lr, mean_lr_sq = (now[name].reshape(-1, len(lr))[0] for name in ("lr", "lr_sq"))
-    constant = mean_lr_sq - mean_lr.square() <= _LR_TOLERANCE * mean_lr.square()
-    own = constant & (settings == settings[-1]).all(0).all(-1) & is_sgd.bool()
-    moves = mean_lr > 0
-    lr = torch.where(own, lr, mean_lr).where(moves, 1.0)
+    lr, momentum, dampening, nesterov, is_sgd, _ = settings[-1].unbind(-1)
+    same = (settings == settings[-1]).all(0).all(-1)
+    own = same & is_sgd.bool()
+    lr = torch.where(same, lr, settings[..., 0].mean(0))
+    moves = lr > 0
+    lr = lr.where(moves, 1.0)
     momentum, dampening, nesterov = momentum * own, dampening * own, nesterov.bool() & own
     dot, weight_sq = path["weight_dot_velocity"], path["weight_sq"]
+    velocity = now.get("displacement_dot_velocity", 0.0)
+    form = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
     relation = fluctuation_dissipation(
         now["displacement_sq"],
         (weight_sq[0], weight_sq[-1]),
         steps[-1] - steps[0],
         lr,
-        momentum=momentum,
-        dampening=dampening,
-        nesterov=nesterov,
-        displacement_dot_velocity=now["displacement_dot_velocity"],
+        displacement_dot_velocity=velocity,
         weight_dot_velocity=(dot[0], dot[-1]),
+        **form,
     )
     violation = None
     if "weight_dot_gradient" in now:
         work = torch.where(own, now["weight_dot_gradient"], now["weight_dot_displacement"] / lr)
         violation = (work - relation.left) * moves
-    relation = Relation(relation.left * moves, relation.right * moves)
-    level = _level(weight_sq, dot, lr, momentum, dampening, nesterov) * moves
-    return _Window(relation, level, steps, violation, moves)
-
-
-def _sides(window: _Window | None, groups: slice) -> dict[str, Tensor | Estimate]:
-    """Readings of some groups together: both sides are sums over parameters."""
-    if window is None:
-        return {}
-    left, right = (side[..., groups].sum(-1) for side in window.relation)
-    variance = detrended_variance(window.steps, window.path[:, groups].sum(-1, keepdim=True))
-    drift_error = (2 * variance).sqrt() / (window.steps[-1] - window.steps[0])
-    sides: dict[str, Tensor | Estimate] = {
-        "left": left,
-        "right": right,
-        "ratio": Estimate(left / right, drift_error / right),
-    }
-    if window.violation is not None:
-        sides["residual"] = window.violation[..., groups].sum(-1) / right
-    return sides
+    blocks, weights = reference.block_means, reference.block_weights
+    rights = _right(
+        blocks["displacement_sq"],
+        blocks.get("displacement_dot_velocity", 0.0),
+        lr,
+        momentum,
+        dampening,
+        nesterov,
+    )
+    return _Window(
+        Relation(relation.left * moves, relation.right * moves),
+        (_level(weight_sq, dot, lr, momentum, dampening, nesterov) * moves).numpy(),
+        steps.numpy(),
+        (rights * moves).numpy(),
+        weights.numpy(),
+        violation,
+        moves,
+        bool(same[moves].all()),
+    )

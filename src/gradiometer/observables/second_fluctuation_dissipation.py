@@ -62,10 +62,12 @@ def second_fluctuation_dissipation(
         |\nabla f|^2 &= |G|^2 + 2\lambda\,\theta\cdot G + \lambda^2|\theta|^2, \qquad
         b\cdot\nabla f = b\cdot G + \lambda\,b\cdot\theta
 
-    Every product with G may be taken with the gradient g of the step's own batch, except the square, which
-    needs independent parts; H may come from any batch but the one that made the step. All of this needs
-    batches drawn independently of one another (with replacement across steps): under epoch shuffling soft
-    directions are colder than either side says, see ``shuffling_factor``. Clipped steps are not of this form.
+    All at the weights before the step. Products with G may be taken with the gradient g of the step's own
+    batch, except the square, which needs independent parts; but b is long, and a gradient of another, larger
+    batch makes ``b . g`` far less noisy. H may come from any batch but the one that made the step. All of
+    this needs batches drawn independently of one another (with replacement across steps): under epoch
+    shuffling soft directions are colder, see ``shuffling_factor``, and the left side falls short of the
+    right. Clipped steps are not of this form.
 
     Args:
         grad_sq_norm: Mean of an unbiased estimate of ``|G|^2``, loss only, as ``gradient_noise_scale`` or
