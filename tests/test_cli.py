@@ -71,3 +71,42 @@ def test_bad_arguments_end_in_one_line(arguments, message, capsys):
         main(["demo", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_verify_ends_with_0_when_all_passed(capsys):
+    assert main(["verify", "--adapter", "gradiometer.conformance:reference", "--kind", "relation"]) == 0
+    shown = capsys.readouterr().out
+    assert "identity: plain" in shown
+    assert shown.rstrip().endswith("all passed")
+
+
+def test_verify_ends_with_1_when_something_failed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "one_for_everything.py").write_text("def one(steps):\n    return {'trace': 1.0}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["verify", "--adapter", "one_for_everything:one", "--kind", "noise"]) == 1
+    assert capsys.readouterr().out.rstrip().endswith("FAILED")
+
+
+def test_verify_checks_this_packages_own_estimators_by_default(monkeypatch):
+    import gradiometer.conformance.verify
+
+    seen = []
+    monkeypatch.setattr(gradiometer.conformance.verify, "verify", lambda *args: seen.append(args) or True)
+    assert main(["verify"]) == 0
+    assert seen == [(None, None)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kind", "heat"], "invalid choice: 'heat'"),
+        (["--adapter", "mine"], "an adapter is a module and a function, got 'mine'"),
+        (["--adapter", "no_such_module:mine"], "the adapter was not found"),
+    ],
+)
+def test_bad_arguments_of_verify_end_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

@@ -115,7 +115,7 @@ def test_a_close_without_samples_changes_no_average():
 @pytest.mark.parametrize(
     ("kind", "oldest", "longest_share"),
     [
-        (HalfRun, lambda step: step // 2, 1 / 64),
+        (HalfRun, lambda step: step // 2, 1 / 32),
         (lambda: Window(3000), lambda step: step - 3000, 1 / 16),
     ],
     ids=["half_run", "window"],
@@ -131,7 +131,7 @@ def test_window_begins_where_it_should_to_the_precision_of_a_block(kind, oldest,
             start, ideal = int(path[0]), max(0, oldest(step))
             block = max(1, (step - ideal) * longest_share)
             assert ideal - block < start <= ideal
-            assert torch.equal(path, estimator.reference().path_steps)
+            assert (path == estimator.reference().path_steps).all()
             assert path[-1] == step
             inside = values[start + 1 : step + 1]
             assert estimator.averages()["x"].item() == pytest.approx(sum(inside) / len(inside), rel=1e-10)
@@ -184,7 +184,7 @@ def test_memory_does_not_grow_with_the_number_of_records(kind):
 
 def test_merging_keeps_at_least_half_of_the_blocks():
     assert 16 <= len(run(Mean(), range(10_000)).state_dict()["blocks"]) <= 32
-    assert 64 <= len(run(HalfRun(), range(1019)).state_dict()["blocks"]) <= 128
+    assert 32 <= len(run(HalfRun(), range(1019)).state_dict()["blocks"]) <= 64
 
 
 def test_reset_forgets_the_window_and_keeps_the_first_record():
@@ -324,14 +324,14 @@ def test_a_resumed_estimator_goes_on_bit_for_bit(kind, length):
     a, b = whole.reference(), resumed.reference()
     same(a.first, b.first)
     same(a.previous, b.previous)
-    same(a.path, b.path)
+    assert all((a.path[name] == b.path[name]).all() for name in a.path)
     assert (a.step, a.first_step, a.previous_step, a.samples) == (
         b.step,
         b.first_step,
         b.previous_step,
         b.samples,
     )
-    assert torch.equal(a.path_steps, b.path_steps)
+    assert (a.path_steps == b.path_steps).all()
 
 
 @pytest.mark.parametrize("pending", [False, True])

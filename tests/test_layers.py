@@ -19,7 +19,7 @@ ROWS = (
     ("sections", "updates", "stationarity"),
     ("schedules", "estimators", "snapshot"),
     ("collectors", "batches", "settings"),
-    ("sources",),
+    ("sources", "curvature"),
     ("observables", "recorders", "collect"),
     ("checks", "verdict", "cost"),
     ("monitor",),

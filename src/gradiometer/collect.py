@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .collectors import Collector, Run
+from .curvature import CurvatureCollector, StepCurvatureCollector
 from .errors import SampleSkippedError, UnsupportedError
 from .linalg import inner_products, squared_norms
 from .snapshot import GroupSettings, Update, Weights, Work
-from .sources import AutoSource, ExampleSource, NormLayerSource, SplitSource
+from .sources import AutoSource, ExampleSource, NormLayerSource, PreconditionerCollector, SplitSource
 from .updates import displacements, rebuilds, squared_displacements
 
 
@@ -46,10 +47,6 @@ class UpdateCollector(Collector):
 
     def result(self) -> Update:
         """Squared displacement, and its inner product with the buffer for Nesterov."""
-        if self._copies is None and not rebuilds(self.run.optimizer):
-            raise SampleSkippedError(
-                "the weights before the step were not seen", fix="Call monitor.before_step()."
-            )
         squares, dots = [], []
         for g, group in enumerate(self.run.optimizer.param_groups):
             reduce = self.run.sections.reduce
@@ -192,6 +189,9 @@ COLLECTORS: Mapping[str, type[Collector]] = {
     "example_chunks": ExampleSource,
     "norm_layer_chunks": NormLayerSource,
     "split_chunks": SplitSource,
+    "preconditioner": PreconditionerCollector,
+    "curvature": CurvatureCollector,
+    "step_curvature": StepCurvatureCollector,
     "update": UpdateCollector,
     "work": WorkCollector,
     "weights": WeightCollector,

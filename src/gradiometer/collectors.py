@@ -45,6 +45,9 @@ class Run:
         centre: Weights at the window's first record, where they are asked for.
         scratch: One tensor of the shape of each parameter, kept between steps: allocating them anew costs
             more than filling them.
+        preconditioner: The optimizer's own metric, where norms in it are asked for at this step.
+        unaccounted: Why a parameter's gradient is more than the sum of its examples', or nothing where it
+            is that sum; by name, for parameters whose gradient has been looked at.
     """
 
     model: nn.Module
@@ -64,12 +67,21 @@ class Run:
     drifts: int = 0
     centre: dict[Tensor, Tensor] = field(default_factory=dict)
     scratch: dict[Tensor, Tensor] = field(default_factory=dict)
+    preconditioner: Any = None
+    unaccounted: dict[str, str] = field(default_factory=dict)
 
 
 class Collector(ABC):
     """Supplies one snapshot field on one step."""
 
     moment: ClassVar[MomentName] = "after_step"
+    stages: ClassVar[frozenset[str]] = frozenset()
+    """The stages that do something; the others need not be called."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        named = ("enter", "exit", "before_step", "close")
+        cls.stages = frozenset(name for name in named if getattr(cls, name) is not getattr(Collector, name))
 
     def __init__(self, run: Run) -> None:
         self.run = run

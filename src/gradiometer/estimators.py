@@ -14,11 +14,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import InputError
 from .linalg import accumulation_dtype
+
+Floats = NDArray[np.float64]
 
 _JACKKNIFE_GROUPS = 32
 _FEWEST_GROUPS = 4
@@ -33,7 +37,7 @@ class Moment:
     """State functions (a kernel, a squared norm) right after one step, as one float64 vector."""
 
     step: int
-    levels: Tensor
+    levels: Floats
 
 
 class Reference:
@@ -60,7 +64,7 @@ class Reference:
         path: list[Moment],
         layout: Layout,
         samples: float,
-        blocks: Sequence[tuple[Tensor, float]] = (),
+        blocks: Sequence[tuple[Floats, float]] = (),
         sums_layout: Layout | None = None,
         weights: Tensor | None = None,
     ) -> None:
@@ -75,43 +79,44 @@ class Reference:
     @cached_property
     def first(self) -> dict[str, Tensor]:
         """Levels at the first record of the run."""
-        return _unflatten(self._first.levels, self._layout)
+        return _tensors(self._first.levels, self._layout)
 
     @cached_property
     def previous(self) -> dict[str, Tensor]:
         """Levels at the record before this one; empty at the first."""
-        return _unflatten(self._previous.levels, self._layout) if self._previous else {}
+        return _tensors(self._previous.levels, self._layout) if self._previous else {}
 
     @cached_property
-    def path(self) -> dict[str, Tensor]:
+    def path(self) -> dict[str, Floats]:
         """Levels along the window, stacked ``[K, ...]``; ``K = 1`` until the window has a known start."""
         if not self._path:
             return {}
-        return _unflatten(torch.stack([moment.levels for moment in self._path]), self._layout)
+        return _unflatten(np.array([moment.levels for moment in self._path]), self._layout)
 
     @cached_property
-    def path_steps(self) -> Tensor:
+    def path_steps(self) -> Floats:
         """Steps along the window, ``[K]``."""
-        return torch.tensor([moment.step for moment in self._path], dtype=torch.float64)
+        return np.array([moment.step for moment in self._path], dtype=np.float64)
 
     @cached_property
-    def block_weights(self) -> Tensor:
+    def block_weights(self) -> Floats:
         """Samples in each block along the window, ``[K - 1]``."""
-        return torch.tensor([weight for _, weight in self._blocks], dtype=torch.float64)
+        return np.array([weight for _, weight in self._blocks])
 
     @cached_property
-    def block_means(self) -> dict[str, Tensor]:
+    def block_means(self) -> dict[str, Floats]:
         """Means over the samples of each block along the window, ``[K - 1, ...]``; 0 without a sample."""
         size = sum(math.prod(shape) for _, shape in self._sums_layout)
-        rows = [sums / weight if weight else torch.zeros(size).double() for sums, weight in self._blocks]
-        return _unflatten(torch.stack(rows), self._sums_layout) if rows else {}
+        sums = np.array([sums if weight else np.zeros(size) for sums, weight in self._blocks])
+        weights = np.where(self.block_weights > 0, self.block_weights, 1.0)
+        return _unflatten(sums / weights[:, None], self._sums_layout) if len(sums) else {}
 
 
 @dataclass
 class _Block:
     """Weighted sums over consecutive samples, as one vector, and the levels after the last one."""
 
-    sums: Tensor
+    sums: Floats
     weight: float
     moment: Moment
     closes: int = 1
@@ -155,6 +160,7 @@ class Estimator(ABC):
 
     def __init__(self) -> None:
         self._state = _State()
+        self._replicates: tuple[dict[str, Tensor], Tensor] | None = None
 
     # -- what differs ------------------------------------------------------------------------------
 
@@ -204,7 +210,7 @@ class Estimator(ABC):
             step: The recording step.
             levels: State functions at this step.
         """
-        state = self._state
+        state, self._replicates = self._state, None
         moment = Moment(step, _flatten(levels or {}))
         if levels:
             state.levels_layout = _layout_of(levels)
@@ -245,7 +251,7 @@ class Estimator(ABC):
         Args:
             everything: Forget the first record too, since other parameters are read from now on.
         """
-        kept = _State() if everything else self._state
+        kept, self._replicates = _State() if everything else self._state, None
         self._state = _State(
             sums_layout=kept.sums_layout,
             levels_layout=kept.levels_layout,
@@ -266,7 +272,7 @@ class Estimator(ABC):
         return self._levels_at(self._state.now)
 
     def _levels_at(self, moment: Moment | None) -> dict[str, Tensor]:
-        return _unflatten(moment.levels, self._state.levels_layout) if moment else {}
+        return _tensors(moment.levels, self._state.levels_layout) if moment else {}
 
     def replicates(self) -> tuple[dict[str, Tensor], Tensor]:
         """Weighted means over the window, and the same without each of at most 32 groups of blocks.
@@ -278,23 +284,23 @@ class Estimator(ABC):
         Shapes:
             ``[1 + g, ...]`` for a statistic ``[...]``, and ``[g]``.
         """
+        if self._replicates is not None:
+            return self._replicates
         blocks = [block for block in self._state.blocks if block.weight > 0]
         if not blocks:
             return {}, torch.zeros(0, dtype=torch.float64)
-        size = -(-len(blocks) // _JACKKNIFE_GROUPS)
-        group = torch.arange(len(blocks)) // size
-        count = int(group[-1]) + 1
-        sums = torch.stack([block.sums for block in blocks])
-        weights = torch.tensor([block.weight for block in blocks], dtype=torch.float64)
-        total, weight = sums.sum(0, keepdim=True), weights.sum(0, keepdim=True)
-        parts = torch.zeros(count, dtype=torch.float64).index_add_(0, group, weights)
-        if count < _FEWEST_GROUPS:
-            parts = parts[:0]
+        starts = range(0, len(blocks), -(-len(blocks) // _JACKKNIFE_GROUPS))
+        sums = np.add.reduceat(np.array([block.sums for block in blocks]), starts)
+        weights = np.add.reduceat(np.array([block.weight for block in blocks]), starts)
+        total, weight = sums.sum(0, keepdims=True), weights.sum(keepdims=True)
+        if len(weights) < _FEWEST_GROUPS:
+            weights = weights[:0]
         else:
-            group_sums = sums.new_zeros(count, sums.shape[1]).index_add_(0, group, sums)
-            total = torch.cat([total, total - group_sums])
-            weight = torch.cat([weight, weight - parts])
-        return _unflatten(total / weight[:, None], self._state.sums_layout), parts
+            total = np.concatenate([total, total - sums])
+            weight = np.concatenate([weight, weight - weights])
+        rows = _tensors(total / weight[:, None], self._state.sums_layout)
+        self._replicates = rows, torch.from_numpy(weights)
+        return self._replicates
 
     def reference(self) -> Reference:
         """What the readings of now may be compared with.
@@ -310,7 +316,7 @@ class Estimator(ABC):
             step=state.now.step,
             first=state.first,
             previous=state.previous,
-            path=[moment for moment in moments if moment.levels.numel()],
+            path=[moment for moment in moments if moment.levels.size],
             layout=state.levels_layout,
             samples=sum(block.weight for block in state.blocks),
             blocks=[(block.sums, block.weight) for block in state.blocks],
@@ -332,7 +338,7 @@ class Estimator(ABC):
             "begin": state.begin,
             "blocks": [
                 {
-                    "sums": block.sums,
+                    "sums": torch.from_numpy(block.sums),
                     "weight": block.weight,
                     "closes": block.closes,
                     "moment": _pack(block.moment),
@@ -348,6 +354,7 @@ class Estimator(ABC):
         Args:
             saved: What ``state_dict`` returned.
         """
+        self._replicates = None
         self._state = _State(
             open_sums={name: total.clone() for name, total in saved["open_sums"].items()},
             open_weight=saved["open_weight"],
@@ -356,7 +363,8 @@ class Estimator(ABC):
             span=saved["span"],
             begin=saved["begin"],
             blocks=[
-                _Block(b["sums"], b["weight"], Moment(**b["moment"]), b["closes"]) for b in saved["blocks"]
+                _Block(b["sums"].numpy(), b["weight"], _read_moment(b["moment"]), b["closes"])
+                for b in saved["blocks"]
             ],
             **{name: _unpack(saved[name]) for name in ("origin", "first", "previous", "now")},
         )
@@ -370,30 +378,36 @@ def _read_layout(saved: Any) -> Layout:
     return [(name, list(shape)) for name, shape in saved]
 
 
-def _flatten(tensors: Mapping[str, Tensor]) -> Tensor:
+def _flatten(tensors: Mapping[str, Tensor]) -> Floats:
     """One float64 vector on the host; the only place that waits for the device."""
-    parts = [tensor.detach().cpu().double().reshape(-1) for tensor in tensors.values()]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    parts = [tensor.detach().cpu().double().numpy().reshape(-1) for tensor in tensors.values()]
+    return np.concatenate(parts) if parts else np.zeros(0)
 
 
-def _unflatten(flat: Tensor, layout: Layout) -> dict[str, Tensor]:
+def _unflatten(flat: Floats, layout: Layout) -> dict[str, Floats]:
     """Views of ``[..., S]`` by name, each ``[..., *shape]``."""
-    sizes = [math.prod(shape) for _, shape in layout]
-    if flat.shape[-1] != sum(sizes):  # a moment without levels
-        return {}
-    parts = flat.split(sizes, -1)
-    return {
-        name: part.reshape([*flat.shape[:-1], *shape])
-        for (name, shape), part in zip(layout, parts, strict=True)
-    }
+    views = {}
+    end = 0
+    for name, shape in layout:
+        begin, end = end, end + math.prod(shape)
+        views[name] = flat[..., begin:end].reshape([*flat.shape[:-1], *shape])
+    return views if end == flat.shape[-1] else {}  # a moment without levels
+
+
+def _tensors(flat: Floats, layout: Layout) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(view) for name, view in _unflatten(flat, layout).items()}
 
 
 def _pack(moment: Moment | None) -> dict[str, Any] | None:
-    return None if moment is None else {"step": moment.step, "levels": moment.levels}
+    return None if moment is None else {"step": moment.step, "levels": torch.from_numpy(moment.levels)}
+
+
+def _read_moment(saved: Mapping[str, Any]) -> Moment:
+    return Moment(saved["step"], saved["levels"].numpy())
 
 
 def _unpack(saved: dict[str, Any] | None) -> Moment | None:
-    return None if saved is None else Moment(**saved)
+    return None if saved is None else _read_moment(saved)
 
 
 class Last(Estimator):
@@ -470,7 +484,7 @@ class HalfRun(Estimator):
         6.5
     """
 
-    max_blocks = 128
+    max_blocks = 64
 
     def _oldest(self, begin: int, step: int) -> float:
         return begin + (step - begin) // 2

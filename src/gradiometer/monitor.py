@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal, cast
 
@@ -217,6 +217,7 @@ class Monitor:
         self._run = Run(model, optimizer, self._sections(), loss_reduction, loss_fn)
         self._collectors: dict[str, Collector] = {}
         self._errors: dict[str, Exception] = {}
+        self._spent: dict[str, float] = {}
         self._warned: set[str] = set()
         self._begun = self._ready = False
         self._due: list[_Slot] = []
@@ -260,7 +261,8 @@ class Monitor:
             self._run.sizes.append(size)
             self._run.batch = x, y
             for name, collector in self._collectors.items():
-                self._attempt(name, collector.enter, size)
+                if "enter" in collector.stages:
+                    self._attempt(name, collector.enter, size)
 
     def begin_batch(self, batch: Any, input_key: str | None = None, target_key: str | None = None) -> None:
         """As :meth:`begin_micro_batch`, with a whole batch: a pair, or a mapping with these keys.
@@ -280,7 +282,8 @@ class Monitor:
             return
         with self._timed("ending a micro-batch"):
             for name, collector in self._collectors.items():
-                self._attempt(name, collector.exit)
+                if "exit" in collector.stages:
+                    self._attempt(name, collector.exit)
 
     def before_step(
         self, *, grad_scale: float = 1.0, loss_scale: float | None = None, loss_divisor: float | None = None
@@ -305,7 +308,8 @@ class Monitor:
             self._run.loss_scale = grad_scale if loss_scale is None else loss_scale
             self._run.loss_divisor = loss_divisor
             for name, collector in self._collectors.items():
-                self._attempt(name, collector.before_step)
+                if "before_step" in collector.stages:
+                    self._attempt(name, collector.before_step)
             self._evaluate([slot for slot in self._due if slot.needs <= _EARLY])
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -454,6 +458,7 @@ class Monitor:
             slot.seconds += perf_counter() - began
         if not readings:
             return
+        self._share_costs()
         costs = {"seconds": float(sum(slot.seconds for slot in self._due))}
         fraction = self.cost.fraction()
         if fraction is not None:
@@ -485,18 +490,17 @@ class Monitor:
             stderr, groups = errors.get(name, (math.nan, 0))
             if own.stderr is not None:
                 stderr = float(_as_rows(own.stderr)[0])
-            shown = float(numbers[name][0]) if name in numbers else value
-            reading = self._reading(slot.name, quantities, self._label(name), shown, stderr, slot.note)
-            half = t_quantile(groups) * stderr if name in numbers else math.nan
-            readings.append(
-                replace(
-                    reading,
-                    low=shown - half if own.low is None else own.low,
-                    high=shown + half if own.high is None else own.high,
-                    resolved=own.resolved,
-                    note="; ".join(filter(None, (reading.note, own.note))),
-                )
-            )
+            scalar = name in numbers
+            shown = float(numbers[name][0]) if scalar else value
+            half = t_quantile(groups) * stderr if scalar else math.nan
+            interval = {
+                "low": shown - half if own.low is None else own.low,
+                "high": shown + half if own.high is None else own.high,
+                "resolved": own.resolved,
+            }
+            note = f"{slot.note}; {own.note}" if slot.note and own.note else slot.note or own.note
+            label = self._label(name)
+            readings.append(self._reading(slot.name, quantities, label, shown, stderr, note, **interval))
         return readings
 
     def _label(self, name: str) -> str:
@@ -512,6 +516,7 @@ class Monitor:
         value: Any,
         stderr: float,
         note: str,
+        **interval: Any,
     ) -> Reading:
         quantity = quantity_of(name, quantities)
         number: Any = value if isinstance(value, float) else value.detach().cpu().numpy()
@@ -522,6 +527,7 @@ class Monitor:
             unit=quantity.unit,
             sentence=quantity.sentence,
             note=note,
+            **interval,
         )
 
     def _unknown(self, slot: _Slot) -> list[Reading]:
@@ -590,9 +596,8 @@ class Monitor:
         own = self._own_seconds
         for name, collector in self._collectors.items():
             own += collector.seconds_in_hooks
-            users = [slot for slot in self._due if name in slot.needs]
-            for slot in users:
-                slot.seconds += collector.seconds_in_hooks / len(users)
+            self._spent[name] = self._spent.get(name, 0.0) + collector.seconds_in_hooks
+        self._share_costs()
         for slot in self._due:
             self.cost.spent(slot.name, self.step, slot.seconds)
         if self._step_began is not None:
@@ -604,6 +609,14 @@ class Monitor:
         self._step_began = now
         self._begun = self._ready = False
 
+    def _share_costs(self) -> None:
+        """Divide what collectors took among the observables that asked for them."""
+        for name, seconds in self._spent.items():
+            users = [slot for slot in self._due if name in slot.needs]
+            for slot in users:
+                slot.seconds += seconds / len(users)
+        self._spent = {}
+
     def _abandon_step(self) -> None:
         """The optimizer made no step after ``before_step`` (a scaler skipped it): measure the next."""
         for slot in self._slots:
@@ -613,7 +626,8 @@ class Monitor:
 
     def _close_collectors(self) -> None:
         for name, collector in self._collectors.items():
-            self._attempt(name, collector.close)
+            if "close" in collector.stages:
+                self._attempt(name, collector.close)
         self._collectors = {}
 
     # -- failure is contained ----------------------------------------------------------------------
@@ -627,9 +641,7 @@ class Monitor:
             self._errors.setdefault(name, error)
             return None
         finally:
-            users = [slot for slot in self._due if name in slot.needs]
-            for slot in users:
-                slot.seconds += (perf_counter() - began) / len(users)
+            self._spent[name] = self._spent.get(name, 0.0) + perf_counter() - began
 
     def _fail(self, slot: _Slot, error: Exception) -> None:
         """One warning for each message; retire what can never work, retry the rest."""
@@ -838,6 +850,8 @@ class Monitor:
 def _as_rows(value: Any) -> Tensor:
     """A number, or a number and its replicates, as ``[R]``."""
     number = value.value if isinstance(value, Estimate) else value
+    if isinstance(number, float):
+        return torch.tensor([number], dtype=torch.float64)
     return torch.as_tensor(number, dtype=torch.float64).detach().cpu().reshape(-1)
 
 

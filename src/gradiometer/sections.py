@@ -60,7 +60,7 @@ class Sections:
         names = {id(p): name for name, p in model.named_parameters()}
         self.parameters: list[Tensor] = []
         self._section: dict[int, int] = {}
-        self._sizes: dict[tuple[str, int], int] = {}
+        sizes: dict[tuple[str, int], int] = {}
         for index, (group, group_name) in enumerate(zip(optimizer.param_groups, group_names, strict=True)):
             for parameter in group["params"]:
                 if not parameter.requires_grad:
@@ -68,15 +68,11 @@ class Sections:
                 name = names.get(id(parameter), "other.parameter")
                 label = "layer." + (name.rpartition(".")[0] or "model") if layers else group_name
                 key = (f"{label}.{INVARIANT}" if name in invariant else label, index)
-                self._sizes[key] = self._sizes.get(key, 0) + parameter.numel()
-                self._section[id(parameter)] = list(self._sizes).index(key)
+                sizes[key] = sizes.get(key, 0) + parameter.numel()
+                self._section[id(parameter)] = list(sizes).index(key)
                 self.parameters.append(parameter)
+        self.sections = tuple(Section(label, group, size) for (label, group), size in sizes.items())
         self._lookup: tuple[list[int], Tensor] | None = None
-
-    @property
-    def sections(self) -> tuple[Section, ...]:
-        """The sections, in the order of every collector's numbers."""
-        return tuple(Section(label, group, size) for (label, group), size in self._sizes.items())
 
     def cover(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether every parameter that is trained now has a section; frozen ones keep theirs.
@@ -103,7 +99,7 @@ class Sections:
             ``[U]``, on the parameters' device, or on the CPU where they are on several.
         """
         if not parameters:
-            return torch.zeros(len(self._sizes), dtype=torch.float64)
+            return torch.zeros(len(self.sections), dtype=torch.float64)
         if len({parameter.device for parameter in parameters}) == 1:
             return self.reduce(parameters, function(*tensors))
         singles = zip(*tensors, strict=True)
@@ -121,9 +117,9 @@ class Sections:
         Shapes:
             rows ``[n, ...]`` -> ``[U, ...]``.
         """
-        if len(self._sizes) == 1:
+        if len(self.sections) == 1:
             return rows.sum(0, keepdim=True)
-        count = len(self._sizes)  # what has no section was never trained: its rows go into one more
+        count = len(self.sections)  # what has no section was never trained: its rows go into one more
         members = [self._section.get(id(parameter), count) for parameter in parameters]
         if self._lookup is None or self._lookup[0] != members or self._lookup[1].device != rows.device:
             self._lookup = members, torch.tensor(members, device=rows.device)

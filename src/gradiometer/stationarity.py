@@ -111,6 +111,7 @@ def stationary(
     weights: Floats,
     tolerance: float,
     *,
+    deviation: float | None = None,
     constant_lr: bool = True,
 ) -> Decision:
     r"""Whether both sides of the fluctuation-dissipation relation agree within a tolerance.
@@ -139,6 +140,7 @@ def stationary(
         right: Mean right side between neighbouring knots.
         weights: Number of samples behind each of these means.
         tolerance: X.
+        deviation: What :func:`end_point_deviation` gives for the level; found here when ``None``.
         constant_lr: Whether the learning rate is constant in the window.
 
     Returns:
@@ -190,10 +192,10 @@ def stationary(
 
     end = len(steps) - 1
     earlier = _nearest(steps, end, _EARLIER)
-    deviation = float(end_point_deviation(steps, level))
+    scatter = float(end_point_deviation(steps, level)) if deviation is None else deviation
 
     def resolution(last: int) -> float:
-        return deviation / float((steps[last] - steps[0]) * mean_right)
+        return scatter / float((steps[last] - steps[0]) * mean_right)
 
     if excess(0, end) - 2 * resolution(end) > tolerance:
         return Decision(0.0)

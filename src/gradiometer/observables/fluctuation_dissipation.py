@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InputError
@@ -92,43 +94,35 @@ def fluctuation_dissipation(
     """
     if bool(torch.as_tensor(steps).lt(1).any()):
         raise InputError("a window needs at least one step", got=steps, fix="Record twice or more.")
-    nesterov = torch.as_tensor(nesterov)
-    if bool((nesterov & torch.as_tensor(dampening).ne(0)).any()):
+    nesterov = torch.as_tensor(nesterov, dtype=torch.float64)
+    if bool((nesterov.bool() & torch.as_tensor(dampening).ne(0)).any()):
         raise InputError("Nesterov momentum has no dampening", got=dampening, fix="Write dampening=0.")
-    right = _right(displacement_sq, displacement_dot_velocity, lr, momentum, dampening, nesterov)
-    start, end = (
-        _level(sq, dot, lr, momentum, dampening, nesterov)
-        for sq, dot in zip(weight_sq, weight_dot_velocity, strict=True)
-    )
+    form = _Form(lr, momentum, dampening, nesterov)
+    right = form.right(displacement_sq, displacement_dot_velocity)
+    start, end = (form.level(*ends) for ends in zip(weight_sq, weight_dot_velocity, strict=True))
     return Relation(right - (end - start) / steps, right)
 
 
-def _right(
-    displacement_sq: Tensor,
-    displacement_dot_velocity: Tensor | float,
-    lr: Tensor | float,
-    momentum: Tensor | float,
-    dampening: Tensor | float,
-    nesterov: Tensor,
-) -> Tensor:
-    """The right side, from the squared update."""
-    heavy_ball = (1 + momentum) / (2 * (1 - dampening)) * displacement_sq / lr
-    looking_ahead = (1 - momentum) / (2 * lr) * displacement_sq + momentum**2 * displacement_dot_velocity
-    return torch.where(nesterov, looking_ahead, heavy_ball)
+class _Form(NamedTuple):
+    """The relation's coefficients: numbers, tensors or arrays alike; ``nesterov`` is 0 or 1."""
 
+    lr: Any
+    momentum: Any
+    dampening: Any
+    nesterov: Any
 
-def _level(
-    weight_sq: Tensor,
-    weight_dot_velocity: Tensor | float,
-    lr: Tensor | float,
-    momentum: Tensor | float,
-    dampening: Tensor | float,
-    nesterov: Tensor,
-) -> Tensor:
-    """The state function E whose drift separates the two sides."""
-    dot = torch.as_tensor(weight_dot_velocity, dtype=weight_sq.dtype)  # where() rounds floats to float32
-    coupled = torch.where(nesterov, momentum**2 * dot, momentum / (1 - dampening) * dot)
-    return (1 - momentum) / (2 * lr * (1 - dampening)) * weight_sq - coupled
+    def right(self, displacement_sq: Any, displacement_dot_velocity: Any) -> Any:
+        """The right side, from the squared update."""
+        lr, mu, nu, nesterov = self
+        heavy_ball = (1 + mu) / (2 * (1 - nu)) / lr * (1 - nesterov)
+        looking_ahead = (1 - mu) / (2 * lr) * nesterov
+        return (heavy_ball + looking_ahead) * displacement_sq + (mu**2 * nesterov) * displacement_dot_velocity
+
+    def level(self, weight_sq: Any, weight_dot_velocity: Any) -> Any:
+        """The state function E whose drift separates the two sides."""
+        lr, mu, nu, nesterov = self
+        coupled = mu / (1 - nu) * (1 - nesterov) + mu**2 * nesterov
+        return (1 - mu) / (2 * lr * (1 - nu)) * weight_sq - coupled * weight_dot_velocity
 
 
 Test = Literal["tolerance", "sasa", "sasa_blocks"]
@@ -270,7 +264,7 @@ class FluctuationDissipation(Observable):
 
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
         """Both sides, their ratio and the decision, in total and per section, once there is a window."""
-        norms = now["weight_norm_sq"]
+        norms = now["weight_norm_sq"].numpy()
         window = _window(now, reference)
         sections = norms.shape[-1]
         readings = {"weight_norm_sq": norms.sum(-1), **self._sides(window, slice(None), "")}
@@ -280,20 +274,20 @@ class FluctuationDissipation(Observable):
                 readings[f"weight_norm_sq/{u}"] = norms[..., u]
         return readings
 
-    def _sides(self, window: _Window | None, columns: slice, name: str) -> dict[str, Tensor | Estimate]:
+    def _sides(self, window: _Window | None, columns: slice, name: str) -> dict[str, Floats | Estimate]:
         """Readings of some sections together: both sides are sums over parameters."""
         if window is None:
             return {}
-        left, right = (side[..., columns].sum(-1) for side in window.relation)
+        left, right = window.left[..., columns].sum(-1), window.right[..., columns].sum(-1)
         level, rights = window.level[:, columns].sum(-1), window.rights[:, columns].sum(-1)
-        length = float(window.steps[-1] - window.steps[0])
-        deviation = float(end_point_deviation(window.steps, level)) / (length * float(right.reshape(-1)[0]))
-        decision = self._decide(window, level, rights)
-        sides: dict[str, Tensor | Estimate] = {
+        deviation = float(end_point_deviation(window.steps, level))
+        decision = self._decide(window, level, rights, deviation)
+        resolution = deviation / (float(window.steps[-1] - window.steps[0]) * float(right.flat[0]))
+        sides: dict[str, Floats | Estimate] = {
             "left": left,
             "right": right,
-            "ratio": Estimate(left / right, deviation),
-            "resolution": Estimate(deviation, math.nan, resolved=not math.isnan(deviation)),
+            "ratio": Estimate(left / right, resolution),
+            "resolution": Estimate(resolution, math.nan, resolved=not math.isnan(resolution)),
             "stationary": Estimate(
                 decision.value, math.nan, resolved=not math.isnan(decision.value), note=decision.reason
             ),
@@ -302,7 +296,7 @@ class FluctuationDissipation(Observable):
             sides["residual"] = window.violation[..., columns].sum(-1) / right
         return {key + name: value for key, value in sides.items()}
 
-    def _decide(self, window: _Window, level: Floats, rights: Floats) -> Decision:
+    def _decide(self, window: _Window, level: Floats, rights: Floats, deviation: float) -> Decision:
         if self.test == "tolerance":
             return stationary(
                 window.steps,
@@ -310,6 +304,7 @@ class FluctuationDissipation(Observable):
                 rights,
                 window.weights,
                 self.tolerance,
+                deviation=deviation,
                 constant_lr=window.constant,
             )
         errors = "blocks" if self.test == "sasa_blocks" else "end_points"
@@ -319,17 +314,19 @@ class FluctuationDissipation(Observable):
 class _Window(NamedTuple):
     """The relation of every section and what it is made of.
 
-    The level E and the number of updates at each knot, the right side and the samples between knots,
-    the violation of the identity, which sections move, and whether the settings stay the same.
+    Both sides with their replicates, the level E and the number of updates at each knot, the right side
+    and the samples between knots, the violation of the identity, which sections move, and whether the
+    settings stay the same.
     """
 
-    relation: Relation
+    left: Floats
+    right: Floats
     level: Floats
     steps: Floats
     rights: Floats
     weights: Floats
-    violation: Tensor | None
-    moves: Tensor
+    violation: Floats | None
+    moves: NDArray[np.bool_]
     constant: bool
 
 
@@ -338,48 +335,32 @@ def _window(now: Mapping[str, Tensor], reference: Reference) -> _Window | None:
 
     A section whose learning rate is 0 does not move and takes no part.
     """
-    path = reference.path
+    path, blocks = reference.path, reference.block_means
     if len(reference.path_steps) < 2 or "displacement_sq" not in now:
         return None
     steps, settings = path["updates"], path["settings"]
-    lr, momentum, dampening, nesterov, is_sgd, _ = settings[-1].unbind(-1)
-    same = (settings == settings[-1]).all(0).all(-1)
-    own = same & is_sgd.bool()
-    lr = torch.where(same, lr, settings[..., 0].mean(0))
+    lr, momentum, dampening, nesterov, is_sgd, _ = settings[-1].T
+    same = (settings == settings[-1]).all((0, 2))
+    own = same & (is_sgd > 0)
+    lr = np.where(same, lr, settings[..., 0].mean(0))
     moves = lr > 0
-    lr = lr.where(moves, 1.0)
-    momentum, dampening, nesterov = momentum * own, dampening * own, nesterov.bool() & own
-    dot, weight_sq = path["weight_dot_velocity"], path["weight_sq"]
-    velocity = now.get("displacement_dot_velocity", 0.0)
-    form = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
-    relation = fluctuation_dissipation(
-        now["displacement_sq"],
-        (weight_sq[0], weight_sq[-1]),
-        steps[-1] - steps[0],
-        lr,
-        displacement_dot_velocity=velocity,
-        weight_dot_velocity=(dot[0], dot[-1]),
-        **form,
-    )
+    form = _Form(np.where(moves, lr, 1.0), momentum * own, dampening * own, nesterov * own)
+    velocity = "displacement_dot_velocity"
+    averages = {name: value.numpy() for name, value in now.items()}
+    right = form.right(averages["displacement_sq"], averages.get(velocity, 0.0)) * moves
+    level = form.level(path["weight_sq"], path["weight_dot_velocity"]) * moves
+    left = right - (level[-1] - level[0]) / (steps[-1] - steps[0])
     violation = None
     if "weight_dot_gradient" in now:
-        work = torch.where(own, now["weight_dot_gradient"], now["weight_dot_displacement"] / lr)
-        violation = (work - relation.left) * moves
-    blocks, weights = reference.block_means, reference.block_weights
-    rights = _right(
-        blocks["displacement_sq"],
-        blocks.get("displacement_dot_velocity", 0.0),
-        lr,
-        momentum,
-        dampening,
-        nesterov,
-    )
+        displaced = averages["weight_dot_displacement"] / form.lr
+        violation = np.where(own, averages["weight_dot_gradient"], displaced) * moves - left
     return _Window(
-        Relation(relation.left * moves, relation.right * moves),
-        (_level(weight_sq, dot, lr, momentum, dampening, nesterov) * moves).numpy(),
-        steps.numpy(),
-        (rights * moves).numpy(),
-        weights.numpy(),
+        left,
+        right,
+        level,
+        steps,
+        form.right(blocks["displacement_sq"], blocks.get(velocity, 0.0)) * moves,
+        reference.block_weights,
         violation,
         moves,
         bool(same[moves].all()),
