@@ -6,7 +6,7 @@ Every hook hands its arguments to the engine; when to measure, what, and how sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,8 @@ class DynamicsMonitor(Callback):
         target_key: Key of the targets where batches are mappings.
         output_key: Key of the logits where the network returns a mapping or an object.
         loss_reduction: Whether the loss is a mean or a sum over the examples of a batch.
+        loss_fn: Maps outputs and targets to the loss of a batch; only what makes passes of its own needs it.
+        layers: Whether noise and fluctuation-dissipation are also read for every layer.
         probe_size: Number of examples of the first batch on which kernels and Jacobians are evaluated.
         prefix: First part of every log key.
         on_error: Turn failures into a warning, or raise them.
@@ -68,6 +70,8 @@ class DynamicsMonitor(Callback):
         target_key: str | None = None,
         output_key: str | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
+        loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+        layers: bool = False,
         probe_size: int = 32,
         prefix: str = "dynamics",
         on_error: Literal["warn", "raise"] = "warn",
@@ -83,6 +87,8 @@ class DynamicsMonitor(Callback):
             output_key=output_key,
             observables=observables,
             loss_reduction=loss_reduction,
+            loss_fn=loss_fn,
+            layers=layers,
             probe_size=probe_size,
             prefix=prefix,
             on_error=on_error,
@@ -115,7 +121,10 @@ class DynamicsMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """The full, unclipped gradient is in place."""
-        self.session.before_step(optimizer, getattr(trainer.precision_plugin, "scaler", None))
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        # Lightning divides by this also in a last window that is shorter
+        divisor = float(trainer.accumulate_grad_batches) if pl_module.automatic_optimization else None
+        self.session.before_step(optimizer, scaler, divisor)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -21,7 +21,7 @@ ROWS = (
     ("collectors", "batches", "settings"),
     ("sources", "curvature"),
     ("observables", "recorders", "collect"),
-    ("checks", "verdict", "cost"),
+    ("checks", "verdict", "cost", "crosschecks"),
     ("monitor",),
     ("conformance",),
     ("session",),

@@ -719,7 +719,7 @@ def test_a_later_state_is_refused():
     with Monitor(model, sgd(model)) as monitor:
         state = monitor.state_dict()
         state["version"] += 1
-        with pytest.raises(InputError, match="monitor states up to 1, got 2"):
+        with pytest.raises(InputError, match="monitor states of version 2, got 3"):
             monitor.load_state_dict(state)
 
 

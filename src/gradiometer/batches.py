@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import SubsetRandomSampler
+from torch.utils.data import (
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from ._types import Forward
 from .autodiff.functional import matrix_forward
@@ -116,6 +122,25 @@ def dataset_size_of(loader: Any) -> int | None:
         return len(sampler)
     dataset = getattr(loader, "dataset", None)
     return len(dataset) if isinstance(dataset, Sized) else None
+
+
+def replacement_of(loader: Any) -> bool | None:
+    """Whether a data loader draws with replacement, ``None`` where its sampler does not say.
+
+    Args:
+        loader: A data loader.
+
+    Example:
+        >>> data = torch.utils.data.TensorDataset(torch.zeros(4))
+        >>> replacement_of(torch.utils.data.DataLoader(data, shuffle=True))
+        False
+    """
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, (RandomSampler, WeightedRandomSampler)):
+        return bool(sampler.replacement)
+    if isinstance(sampler, (SequentialSampler, SubsetRandomSampler, DistributedSampler)):
+        return False
+    return None
 
 
 def _one_key(batch: Mapping[Any, Any], given: str | None, usual: Sequence[str], argument: str) -> str | None:

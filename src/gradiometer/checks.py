@@ -18,7 +18,6 @@ def check_run(
     recorders: Any,
     forward: Any,
     dataset_size: Any,
-    loss_fn: Any,
     replacement: Any,
 ) -> None:
     """Refuse what the settings are to be used on.
@@ -29,7 +28,6 @@ def check_run(
         recorders: As there.
         forward: As there.
         dataset_size: As there.
-        loss_fn: As there.
         replacement: As there.
 
     Raises:
@@ -58,12 +56,6 @@ def check_run(
             got=repr(forward),
             fix="Write forward=lambda model, x: model(x).",
         )
-    if loss_fn is not None and not callable(loss_fn):
-        raise InputError(
-            "loss_fn must be a callable (outputs, targets) -> loss",
-            got=repr(loss_fn),
-            fix="Write loss_fn=torch.nn.functional.cross_entropy.",
-        )
     if replacement not in (None, True, False):
         raise InputError(
             "replacement says whether batches are drawn with replacement",
@@ -85,6 +77,8 @@ def check_settings(
     prefix: str = "dynamics",
     on_error: str = "warn",
     budget: float | None = None,
+    loss_fn: Any = None,
+    layers: bool = False,
 ) -> None:
     """Refuse settings that no run can use.
 
@@ -95,6 +89,8 @@ def check_settings(
         prefix: As for :class:`~gradiometer.monitor.Monitor`.
         on_error: As for :class:`~gradiometer.monitor.Monitor`.
         budget: As for :class:`~gradiometer.monitor.Monitor`.
+        loss_fn: As for :class:`~gradiometer.monitor.Monitor`.
+        layers: As for :class:`~gradiometer.monitor.Monitor`.
 
     Raises:
         InputError: With what to write instead.
@@ -120,6 +116,14 @@ def check_settings(
             got=sorted(twice),
             fix="Give each kind once, or use two monitors with different prefix=.",
         )
+    if loss_fn is not None and not callable(loss_fn):
+        raise InputError(
+            "loss_fn must be a callable (outputs, targets) -> loss",
+            got=repr(loss_fn),
+            fix="Write loss_fn=torch.nn.functional.cross_entropy.",
+        )
+    if not isinstance(layers, bool):
+        raise InputError("layers must be True or False", got=repr(layers), fix="Write layers=True.")
     if loss_reduction not in ("mean", "sum"):
         raise InputError("unknown loss_reduction", got=repr(loss_reduction), fix='Write "mean" or "sum".')
     if not isinstance(probe_size, int) or probe_size < 1:

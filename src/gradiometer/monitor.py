@@ -34,11 +34,13 @@ from .autodiff.functional import (
     pure_function,
     take,
 )
+from .autodiff.invariance import scale_invariant_weights
 from .batches import split_batch
 from .checks import check_run, check_settings
 from .collect import COLLECTORS, group_settings
 from .collectors import Collector, LossFunction, Run, no_micro_batch
 from .cost import CostLedger
+from .crosschecks import disagreements
 from .errors import (
     CostWarning,
     InputError,
@@ -58,7 +60,7 @@ from .statistics import correlated_jackknife, t_quantile
 from .updates import step_was_made
 from .verdict import table
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 _TRIES = 3
 _UNREAD = 256
 _EARLY = {"probe"} | {name for name, kind in COLLECTORS.items() if kind.moment == "before_step"}
@@ -195,8 +197,8 @@ class Monitor:
         budget: float | None = None,
     ) -> None:
         chosen = default_observables() if observables is None else observables
-        check_settings(chosen, loss_reduction, probe_size, prefix, on_error, budget)
-        check_run(model, optimizer, recorders, forward, dataset_size, loss_fn, replacement)
+        check_settings(chosen, loss_reduction, probe_size, prefix, on_error, budget, loss_fn, layers)
+        check_run(model, optimizer, recorders, forward, dataset_size, replacement)
         self.model = model
         self.optimizer = optimizer
         self.step = 0
@@ -213,6 +215,7 @@ class Monitor:
         self._budget = budget
         self._replacement = replacement
         self._layers = layers
+        self._invariant: list[str] | None = None
         self._groups = group_settings(optimizer)
         self._run = Run(model, optimizer, self._sections(), loss_reduction, loss_fn)
         self._collectors: dict[str, Collector] = {}
@@ -370,15 +373,38 @@ class Monitor:
                 self._fail(slot, error)
         self._due = [slot for slot in self._slots if slot.sampling]
         self._run.recording = any(slot.recording for slot in self._due)
-        if self._due and not self._run.sections.cover(self.optimizer):
-            self._groups = group_settings(self.optimizer)
-            self._run.sections = self._sections()
-            self._restart("parameters")
+        if self._due:
+            self._divide()
         needed = {need for slot in self._due for need in slot.needs}
         for name in COLLECTORS.keys() & needed:
             collector = self._attempt(name, COLLECTORS[name], self._run)
             if collector is not None:
                 self._collectors[name] = collector
+
+    def _divide(self) -> None:
+        """Keep the sections of parameters right: as groups come, and once for scale-invariant weights."""
+        divided = any("parameters" in slot.observable.restarts for slot in self._due)
+        known = self._invariant is not None or not divided or self._probe is None
+        if known and self._run.sections.cover(self.optimizer):
+            return
+        if not known:
+            self._invariant = self._find_invariant()
+        self._groups = group_settings(self.optimizer)
+        before = self._run.sections.sections
+        self._run.sections = self._sections()
+        if known or self._run.sections.sections != before:
+            self._restart("parameters")
+
+    def _find_invariant(self) -> list[str]:
+        """Names of the scale-invariant weights; none where the model cannot be run on the probe."""
+        assert self._probe is not None
+        try:
+            return scale_invariant_weights(self.model, self._probe.inputs, self._forward)
+        except Exception as error:
+            if self._on_error == "raise":
+                raise
+            self._warn(f"scale-invariant weights are not told apart: {type(error).__name__}: {error}")
+            return []
 
     def _evaluate(self, due: Sequence[_Slot]) -> None:
         """Run the observables whose fields are complete at this moment."""
@@ -465,6 +491,9 @@ class Monitor:
             costs["fraction"] = fraction
         readings += [self._reading("cost", _COST, n, value, math.nan, "") for n, value in costs.items()]
         self.latest.update({reading.key: reading for reading in readings})
+        batch = sum(self._run.sizes) * parallel.world_size()
+        for key, message in disagreements(self.latest, self._prefix, self._groups, batch).items():
+            self._warn(message, key)
         self._new = (self._new + readings)[-_UNREAD:]
         for recorder in list(self._recorders):
             try:
@@ -746,7 +775,8 @@ class Monitor:
     def _sections(self) -> Sections:
         """Which parameters are read together."""
         names = [group.name for group in self._groups]
-        return Sections(self.model, self.optimizer, names, layers=self._layers)
+        invariant = self._invariant or ()
+        return Sections(self.model, self.optimizer, names, layers=self._layers, invariant=invariant)
 
     def take_new(self) -> list[Reading]:
         """Readings recorded since the last call, for loops that log at a moment of their own."""
@@ -792,6 +822,9 @@ class Monitor:
             "updates": self._run.updates,
             "micro_batches": self._run.micro_batches_before,
             "probe": probe,
+            "scale_invariant": self._invariant,
+            "settings": self._settings.state_dict(),
+            "centre": self._centre(),
             "observables": {
                 slot.name: {
                     "estimator": slot.estimator.state_dict(),
@@ -806,6 +839,11 @@ class Monitor:
             },
         }
 
+    def _centre(self) -> dict[str, Tensor]:
+        """The weights at the window's first record by name, where they are kept."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return {names[id(p)]: centre for p, centre in self._run.centre.items() if id(p) in names}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
 
@@ -813,17 +851,22 @@ class Monitor:
             state: What ``state_dict`` returned, also after a round trip through ``torch.save``.
 
         Raises:
-            InputError: If it was written by a later version.
+            InputError: If it was written by a version with another form of state.
         """
-        if state["version"] > STATE_VERSION:
+        if state["version"] != STATE_VERSION:
             raise InputError(
-                f"this version reads monitor states up to {STATE_VERSION}",
+                f"this version reads monitor states of version {STATE_VERSION}",
                 got=state["version"],
                 fix="Install the version of gradiometer that wrote the checkpoint.",
             )
         self.step = state["step"]
         self._run.updates = state["updates"]
         self._run.micro_batches_before = state["micro_batches"]
+        self._settings.load_state_dict(state["settings"])
+        self._invariant = state["scale_invariant"]
+        self._run.sections = self._sections()
+        names = dict(self.model.named_parameters())
+        self._run.centre = {names[name]: centre for name, centre in state["centre"].items() if name in names}
         if state["probe"] is not None and self._probe_is_given:
             self._warn(
                 "the probe given to Monitor is used, not the one in the checkpoint: kernels before "

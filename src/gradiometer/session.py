@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batches import dataset_size_of, loss_scales, selected_forward
+from .batches import dataset_size_of, loss_scales, replacement_of, selected_forward
 from .checks import check_settings
 from .errors import MeasurementWarning
 from .monitor import Monitor
@@ -75,7 +75,7 @@ class Session:
             module: The module that is trained.
             optimizers: Its optimizers; with several nothing is measured, and a warning says so.
             recorders: Where readings go.
-            loader: The training loader, for the size of the data set.
+            loader: The training loader, for the size of the data set and how batches are drawn.
         """
         if len(optimizers) != 1:
             message = f"one optimizer can be measured, got {len(optimizers)}: the monitor is off."
@@ -91,6 +91,7 @@ class Session:
             recorders=recorders,
             forward=selected_forward(module, self._model, self._output_key),
             dataset_size=dataset_size_of(loader),
+            replacement=replacement_of(loader),
             **self.arguments,
         )
         if self._saved:
@@ -121,15 +122,18 @@ class Session:
         if self.monitor is not None:
             self.monitor.end_micro_batch()
 
-    def before_step(self, optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
+    def before_step(
+        self, optimizer: torch.optim.Optimizer, scaler: Any = None, loss_divisor: float | None = None
+    ) -> None:
         """The full, unclipped gradient is in place.
 
         Args:
             optimizer: The optimizer about to step.
             scaler: The gradient scaler, already unscaled, or ``None``.
+            loss_divisor: What the loss of each micro-batch was divided by, where it is known.
         """
         if self.monitor is not None:
-            self.monitor.before_step(**loss_scales(scaler, optimizer))
+            self.monitor.before_step(**loss_scales(scaler, optimizer), loss_divisor=loss_divisor)
 
     def epoch_ended(self) -> None:
         """A checkpoint from here on belongs to the end of an epoch."""

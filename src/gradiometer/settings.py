@@ -57,6 +57,25 @@ class Settings:
         steps = zip(rates, before[0], strict=True)
         return batch_jumped or any(abs(new - old) > _JUMP * abs(old) for new, old in steps)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and tuples."""
+        return {
+            "rates": self._rates,
+            "others": self._others,
+            "batch": self._batch,
+            "unusual": self._unusual,
+            "drifts": self.drifts,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`.
+
+        Args:
+            saved: What it returned.
+        """
+        self._rates, self._others = saved["rates"], saved["others"]
+        self._batch, self._unusual, self.drifts = saved["batch"], saved["unusual"], saved["drifts"]
+
     def _batch_jumped(self, batch: int) -> bool:
         if not batch or batch == self._batch:
             self._unusual = 0

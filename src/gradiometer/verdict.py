@@ -43,21 +43,40 @@ def sentence(reading: Reading, others: Mapping[str, Reading]) -> str:
     rule = RULES.get(name)
     if rule is None:
         return reading.sentence
-    if not reading.is_finite:
+    if not reading.is_finite and reading.resolved:
         return f"not resolved. {reading.sentence}"
     return rule(reading, others)
 
 
 def _ratio(reading: Reading, others: Mapping[str, Reading]) -> str:
     away, error = abs(_value(reading) - 1), reading.stderr
-    if away - 2 * error > STATIONARY:
+    decided = others.get(reading.key.replace("/fdr/ratio", "/fdr/stationary"))
+    decision = _value(decided) if decided is not None else math.nan
+    if decision == 0.0 or away - 2 * error > STATIONARY:
         return "transient: the weights are still on their way. Keep the learning rate."
-    if away < STATIONARY and error < STATIONARY:
+    if decision == 1.0 or (away < STATIONARY and error < STATIONARY):
         return (
             "stationary: the norm of the weights has stopped drifting. More steps at this learning "
             "rate only average noise; lower it or stop."
         )
     return "not resolved: the window is still too short to tell stationary from transient."
+
+
+def _stationary(reading: Reading, others: Mapping[str, Reading]) -> str:
+    if not reading.resolved:
+        return f"not decided: {reading.note.rpartition('; ')[2]}."
+    if _value(reading) == 1.0:
+        return "the run has settled: lower the learning rate, raise the batch size, or stop."
+    return "the run is still on its way."
+
+
+def _temperature(reading: Reading, others: Mapping[str, Reading]) -> str:
+    if "without replacement" in reading.note:
+        return (
+            "noise per parameter; batches are drawn without replacement, so directions that need longer "
+            "than an epoch to relax are colder than this."
+        )
+    return reading.sentence
 
 
 def _drift(reading: Reading, others: Mapping[str, Reading]) -> str:
@@ -70,9 +89,9 @@ def _drift(reading: Reading, others: Mapping[str, Reading]) -> str:
 
 
 def _scale(reading: Reading, others: Mapping[str, Reading]) -> str:
-    value, error = _value(reading), reading.stderr
-    if not error < value / 2:
-        return "not resolved: the gradient is below its own noise; average longer."
+    if not reading.resolved:
+        known = f" at least {reading.low:.3g}" if math.isfinite(reading.low) else ""
+        return f"not resolved,{known}: the gradient is below its own noise; average longer."
     key = reading.key.replace("/noise/scale", "/noise/critical_batch_fraction")
     fraction = _value(others[key]) if key in others else math.nan
     if fraction < SMALL_BATCH:
@@ -101,6 +120,9 @@ def _value(reading: Reading) -> float:
 
 RULES: Mapping[str, Rule] = {
     "fdr/ratio": _ratio,
+    "fdr/stationary": _stationary,
+    "noise/temperature": _temperature,
+    "noise/sgd_scale": _temperature,
     "ntk/drift": _drift,
     "noise/scale": _scale,
     "jacobian/frobenius_norm": _jacobian,
@@ -161,7 +183,10 @@ def _line(cells: tuple[str, ...], sizes: list[int]) -> str:
 def _number(reading: Reading) -> str:
     value = _value(reading)
     if not math.isfinite(value):
-        return "not measured"
+        bounded = not reading.resolved and math.isfinite(reading.low) and reading.low > 0
+        return (
+            f">= {reading.low:.4g}" if bounded else "not resolved" if not reading.resolved else "not measured"
+        )
     if not math.isfinite(reading.stderr) or reading.stderr == 0:
         return f"{value:.4g}"
     return f"{value:.4g} ± {reading.stderr:.2g}"

@@ -1,0 +1,101 @@
+"""Relations between readings that come from different measurements: where two disagree, one is wrong.
+
+Pure rules. A difference of more than four standard errors, and of more than a twentieth, is said once,
+with the names of both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from .records import Reading
+from .snapshot import GroupSettings
+
+STANDARD_ERRORS = 4.0
+SMALLEST = 0.05
+"""Relative difference below which nothing is said, since two windows are never quite the same."""
+
+
+def disagreements(
+    readings: Mapping[str, Reading], prefix: str, groups: Sequence[GroupSettings], batch_size: int
+) -> dict[str, str]:
+    """What two readings of one quantity say differently.
+
+    Args:
+        readings: The latest reading of every key.
+        prefix: First part of every key.
+        groups: The optimizer's settings by parameter group.
+        batch_size: Examples behind a step's gradient, 0 when unknown.
+
+    Returns:
+        One message per pair, by the name of the pair.
+
+    Example:
+        >>> ratio = Reading("d/noise/source_ratio", 2.0, stderr=0.1, note="per example; checked against: x")
+        >>> list(disagreements({ratio.key: ratio}, "d", (), 8))
+        ['noise/source_ratio']
+    """
+    found = {}
+    sources = readings.get(f"{prefix}/noise/source_ratio")
+    if sources is not None and _differ(_value(sources), sources.stderr, 1.0, 0.0):
+        found["noise/source_ratio"] = (
+            f"two sources of the noise scale disagree: the trace from the second is {_value(sources):.3g} +- "
+            f"{sources.stderr:.2g} times that from the first ({sources.note}). One of them does not see the "
+            "gradient that trains the model."
+        )
+    work = _work_of_noise(readings, prefix, groups, batch_size)
+    right = readings.get(f"{prefix}/fdr/right")
+    if work is not None and right is not None and _differ(_value(right), right.stderr, *work):
+        found["fdr/right"] = (
+            f"fdr/right, from the update, is {_value(right):.3g} +- {right.stderr:.2g}; noise/grad_sq_norm "
+            f"and noise/trace, from the gradient, give {work[0]:.3g} +- {work[1]:.2g} for the same at a "
+            "stationary state. Something between the gradient and the update changes one of them (clipping after "
+            "before_step(), a scaled loss), or batches are not drawn independently."
+        )
+    return found
+
+
+def _work_of_noise(
+    readings: Mapping[str, Reading], prefix: str, groups: Sequence[GroupSettings], batch_size: int
+) -> tuple[float, float] | None:
+    """FDR1's right side ``eta/2 (|G|^2 + S/B)`` and its error, where plain SGD makes that a relation.
+
+    The windows of both readings differ, so it is one at a stationary state only. Weight decay acts on the
+    update and not on the gradient measured: with F = G + lambda theta and <theta . F> = right,
+    ``right (1 - eta lambda) = eta/2 (|G|^2 + S/B - lambda^2 |theta|^2)``.
+    """
+    names = ("noise/grad_sq_norm", "noise/trace", "fdr/weight_norm_sq", "fdr/stationary")
+    found = [readings.get(f"{prefix}/{name}") for name in names]
+    if not groups or not batch_size or any(reading is None for reading in found):
+        return None
+    first = groups[0]
+    plain = first.is_sgd and not first.momentum
+    if not plain or any((g.lr, g.weight_decay, g.momentum) != _settings(first) for g in groups):
+        return None
+    signal, trace, weights, stationary = (reading for reading in found if reading is not None)
+    if (
+        _value(stationary) != 1.0
+        or "over 100 %" not in signal.note
+        or "loss_reduction=mean" not in signal.note
+    ):
+        return None
+    lr, decay = first.lr, first.weight_decay
+    pulled = decay**2 * _value(weights)
+    factor = lr / 2 / (1 - lr * decay)
+    work = factor * (_value(signal) + _value(trace) / batch_size - pulled)
+    return work, factor * (signal.stderr + trace.stderr / batch_size)
+
+
+def _settings(group: GroupSettings) -> tuple[float, float, float]:
+    return group.lr, group.weight_decay, group.momentum
+
+
+def _differ(left: float, left_error: float, right: float, right_error: float) -> bool:
+    """Whether two numbers differ by more than their errors allow; unknown errors allow anything."""
+    error = math.hypot(left_error, right_error)
+    return abs(left - right) > max(STANDARD_ERRORS * error, SMALLEST * abs(right))
+
+
+def _value(reading: Reading) -> float:
+    return reading.value if isinstance(reading.value, float) else math.nan
