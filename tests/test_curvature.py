@@ -24,7 +24,6 @@ SGD = {
     "heavy ball": {"lr": 0.05, "momentum": 0.9},
     "dampening": {"lr": 0.1, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.05},
     "nesterov": {"lr": 0.05, "momentum": 0.8, "nesterov": True, "weight_decay": 0.05},
-    "uphill": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.05, "maximize": True},
 }
 SEEN = []
 
@@ -130,12 +129,8 @@ def check(make_optimizer, steps, scale=1.0, **kwargs):
     groups = [group for group in optimizer.param_groups for _ in group["params"]]
     sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
     assert sum(sizes) == g.shape[1]
-    decay = torch.cat(
-        [
-            torch.full((n,), group["weight_decay"] / (-scale if group["maximize"] else scale))
-            for n, group in zip(sizes, groups, strict=True)
-        ]
-    ).double()
+    decays = [group["weight_decay"] / scale for group in groups]
+    decay = torch.tensor(decays, dtype=torch.float64).repeat_interleave(torch.tensor(sizes))
     theta = flat(p.detach() for p in before.parameters())
     close(along, u, u, g + decay * theta, H + decay.diag())
     return plain, along
@@ -268,11 +263,19 @@ def test_steps_are_known_for_sgd_on_the_models_own_parameters_only():
     assert collected("curvature", model=model, optimizer=adam).counted == 1
     other = nn.Parameter(torch.zeros(2))
     other.grad = torch.ones(2)
+    model = network()
+    both = torch.optim.SGD([*model.parameters(), other], lr=0.1)
     with pytest.raises(UnsupportedError, match="not the model's"):
-        model = network()
-        both = torch.optim.SGD([*model.parameters(), other], lr=0.1)
         collected("step_curvature", model=model, optimizer=both)
     assert collected("curvature", model=model, optimizer=both).counted == 1
+
+
+def test_a_run_uphill_is_refused():
+    model = network()
+    uphill = torch.optim.SGD(model.parameters(), lr=0.1, maximize=True)
+    with pytest.raises(UnsupportedError, match="got maximize=True"):
+        collected("step_curvature", model=model, optimizer=uphill)
+    assert collected("curvature", model=model, optimizer=uphill).counted == 1
 
 
 def test_frozen_and_idle_parameters_are_left_out():

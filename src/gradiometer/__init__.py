@@ -24,6 +24,7 @@ _WHERE = {
     "MemoryRecorder": "recorders",
     "Monitor": "monitor",
     "NeuralTangentKernel": "observables",
+    "NoiseCurvature": "observables",
     "Observable": "observables",
     "Probe": "snapshot",
     "Quantity": "records",
@@ -31,6 +32,7 @@ _WHERE = {
     "Recorder": "recorders",
     "Reference": "estimators",
     "Schedule": "schedules",
+    "SecondFluctuationDissipation": "observables",
     "Snapshot": "snapshot",
     "TensorBoardRecorder": "recorders",
     "Window": "estimators",
@@ -67,7 +69,9 @@ if TYPE_CHECKING:
     from .observables import GradientNoiseScale as GradientNoiseScale
     from .observables import JacobianNorm as JacobianNorm
     from .observables import NeuralTangentKernel as NeuralTangentKernel
+    from .observables import NoiseCurvature as NoiseCurvature
     from .observables import Observable as Observable
+    from .observables import SecondFluctuationDissipation as SecondFluctuationDissipation
     from .observables import default_observables as default_observables
     from .observables import empirical_ntk as empirical_ntk
     from .observables import fluctuation_dissipation as fluctuation_dissipation

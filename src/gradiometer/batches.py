@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,8 +120,10 @@ def dataset_size_of(loader: Any) -> int | None:
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, SubsetRandomSampler):
         return len(sampler)
-    dataset = getattr(loader, "dataset", None)
-    return len(dataset) if isinstance(dataset, Sized) else None
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError, NotImplementedError):  # a stream of examples
+        return None
 
 
 def replacement_of(loader: Any) -> bool | None:

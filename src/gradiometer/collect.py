@@ -28,9 +28,11 @@ class UpdateCollector(Collector):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self._copies: list[list[Tensor]] | None = None
+        self._asked = False
 
     def before_step(self) -> None:
         """Copy the weights where the update cannot be rebuilt."""
+        self._asked = True
         if not rebuilds(self.run.optimizer):
             self._copies = [self._copy(group["params"]) for group in self.run.optimizer.param_groups]
 
@@ -47,6 +49,8 @@ class UpdateCollector(Collector):
 
     def result(self) -> Update:
         """Squared displacement, and its inner product with the buffer for Nesterov."""
+        if not self._asked and not rebuilds(self.run.optimizer):
+            raise _weights_not_seen()
         squares, dots = [], []
         for g, group in enumerate(self.run.optimizer.param_groups):
             reduce = self.run.sections.reduce
@@ -88,9 +92,7 @@ class WorkCollector(Collector):
     def result(self) -> Work:
         """Both inner products, in float64 throughout."""
         if self._copies is None:
-            raise SampleSkippedError(
-                "the weights before the step were not seen", fix="Call monitor.before_step()."
-            )
+            raise _weights_not_seen()
         sections = self.run.sections
         gradient, displacement = [], []
         for old, group in zip(self._copies, self.run.optimizer.param_groups, strict=True):
@@ -106,8 +108,8 @@ class WorkCollector(Collector):
                 gradient.append(sections.sums(inner_products, trained, old64, used))
             elif is_sgd(self.run.optimizer):
                 sign = -1.0 if group["maximize"] else 1.0
-                used = [
-                    sign * _gradient(p).double() + group["weight_decay"] * before
+                used = [  # in this order, since a gradient may be sparse
+                    group["weight_decay"] * before + sign * _gradient(p).double()
                     for p, before in zip(trained, old64, strict=True)
                 ]
                 gradient.append(sections.sums(inner_products, trained, old64, used))
@@ -239,6 +241,10 @@ def group_settings(optimizer: torch.optim.Optimizer) -> tuple[GroupSettings, ...
             )
         )
     return tuple(settings)
+
+
+def _weights_not_seen() -> SampleSkippedError:
+    return SampleSkippedError("the weights before the step were not seen", fix="Call monitor.before_step().")
 
 
 def _gradient(parameter: Tensor) -> Tensor:

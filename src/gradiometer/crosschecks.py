@@ -50,8 +50,8 @@ def disagreements(
         found["fdr/right"] = (
             f"fdr/right, from the update, is {_value(right):.3g} +- {right.stderr:.2g}; noise/grad_sq_norm "
             f"and noise/trace, from the gradient, give {work[0]:.3g} +- {work[1]:.2g} for the same at a "
-            "stationary state. Something between the gradient and the update changes one of them (clipping after "
-            "before_step(), a scaled loss), or batches are not drawn independently."
+            "stationary state. Something between the gradient and the update changes one of them (clipping "
+            "after before_step(), a scaled loss), or batches are not drawn independently."
         )
     return found
 

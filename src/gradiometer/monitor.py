@@ -204,6 +204,7 @@ class Monitor:
         self.step = 0
         self.dataset_size = dataset_size
         self.latest: dict[str, Reading] = {}
+        self._comparable: dict[str, Reading] = {}
         self._new: list[Reading] = []
         self._slots = [_Slot(each, copy.deepcopy(cast("Estimator", each.estimator))) for each in chosen]
         self._recorders: list[Any] = list(recorders)
@@ -225,6 +226,7 @@ class Monitor:
         self._begun = self._ready = False
         self._due: list[_Slot] = []
         self._settings = Settings()
+        self._stale = True
         self._together: bool | None = None
         self.cost = CostLedger()
         self._own_seconds = 0.0
@@ -313,7 +315,10 @@ class Monitor:
             for name, collector in self._collectors.items():
                 if "before_step" in collector.stages:
                     self._attempt(name, collector.before_step)
-            self._evaluate([slot for slot in self._due if slot.needs <= _EARLY])
+            early = [slot for slot in self._due if slot.needs <= _EARLY]
+            if early:
+                self._groups = group_settings(self.optimizer)
+            self._evaluate(early)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The optimizer's post-step hook: the update has been made."""
@@ -325,6 +330,7 @@ class Monitor:
         if self._settings.jumped(optimizer, sum(self._run.sizes)):
             self._restart("settings")
         self._run.drifts = self._settings.drifts
+        self._stale = self._stale or self._settings.changed
         if not (self._begun and not self._due):
             self._measure_update()
         self._finish_step()
@@ -336,6 +342,7 @@ class Monitor:
             if reason in slot.observable.restarts:
                 slot.estimator.reset(everything=reason == "parameters")
         self._run.centre.clear()
+        self._comparable.clear()
 
     def _measure_update(self) -> None:
         """Evaluate what needs the update, and record."""
@@ -349,6 +356,8 @@ class Monitor:
                     "and Jacobians are those of the weights after it."
                 )
             try:
+                if self._stale:
+                    self._groups, self._stale = group_settings(self.optimizer), False
                 self._evaluate([slot for slot in self._due if slot.sample is None and not slot.failed])
             except Exception as error:  # the other processes are waiting for this one's record
                 for slot in self._due:
@@ -387,7 +396,7 @@ class Monitor:
         known = self._invariant is not None or not divided or self._probe is None
         if known and self._run.sections.cover(self.optimizer):
             return
-        if not known:
+        if divided and self._probe is not None:
             self._invariant = self._find_invariant()
         self._groups = group_settings(self.optimizer)
         before = self._run.sections.sections
@@ -436,7 +445,6 @@ class Monitor:
 
     def _snapshot(self, fields: dict[str, Any]) -> Snapshot:
         """The gathered fields, and those that cost nothing."""
-        self._groups = group_settings(self.optimizer)
         if self._run.sizes:
             fields["batch_size"] = sum(self._run.sizes) * parallel.world_size()
         if self._replacement is not None:
@@ -491,8 +499,9 @@ class Monitor:
             costs["fraction"] = fraction
         readings += [self._reading("cost", _COST, n, value, math.nan, "") for n, value in costs.items()]
         self.latest.update({reading.key: reading for reading in readings})
-        batch = sum(self._run.sizes) * parallel.world_size()
-        for key, message in disagreements(self.latest, self._prefix, self._groups, batch).items():
+        self._comparable.update({reading.key: reading for reading in readings})
+        batch = self._settings.batch * parallel.world_size()
+        for key, message in disagreements(self._comparable, self._prefix, self._groups, batch).items():
             self._warn(message, key)
         self._new = (self._new + readings)[-_UNREAD:]
         for recorder in list(self._recorders):
@@ -866,7 +875,8 @@ class Monitor:
         self._invariant = state["scale_invariant"]
         self._run.sections = self._sections()
         names = dict(self.model.named_parameters())
-        self._run.centre = {names[name]: centre for name, centre in state["centre"].items() if name in names}
+        centres = {names[name]: centre for name, centre in state["centre"].items() if name in names}
+        self._run.centre = {p: centre.to(p.device) for p, centre in centres.items()}
         if state["probe"] is not None and self._probe_is_given:
             self._warn(
                 "the probe given to Monitor is used, not the one in the checkpoint: kernels before "

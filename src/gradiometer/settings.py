@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 
 _JUMP = 0.01
 _PATIENCE = 3
-_NAMES = ("momentum", "dampening", "nesterov", "betas", "alpha", "weight_decay")
+_NAMES = ("weight_decay", "momentum", "dampening", "alpha", "nesterov", "betas")
 
 
 class Settings:
     """What one step of training looks like next to the step before.
 
-    A learning rate that moves by less than 1 % per step drifts; more is a jump. A batch of another size
-    counts once it has come three times in a row, since the last one of an epoch is often short.
-    ``drifts`` counts the steps at which a rate moved.
+    A learning rate or a weight decay that moves by less than 1 % per step drifts, and so does a momentum
+    whose distance from 1 does; more is a jump. A batch of another size counts once it has come three times
+    in a row, since the last one of an epoch is often short. ``drifts`` counts the steps at which something
+    drifted; ``changed`` says whether this step's settings may differ from those of the one before in
+    anything; ``batch`` is the usual number of examples, 0 when unknown.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
@@ -29,59 +33,76 @@ class Settings:
     """
 
     def __init__(self) -> None:
-        self._rates: list[Any] = []
-        self._others: list[Any] = []
-        self._batch = 0
-        self._unusual = 0
+        self._given: list[list[Any]] = []
+        self._numbers: list[list[float]] = []
+        self._other_batch = 0
+        self._times = 0
+        self.batch = 0
         self.drifts = 0
+        self.changed = True
 
     def jumped(self, optimizer: torch.optim.Optimizer, batch: int) -> bool:
         """Whether this step differs from the one before by more than a drift.
 
         Args:
-            optimizer: The optimizer; rates that are tensors are taken to be steady.
+            optimizer: The optimizer; a rate in a tensor off the CPU is taken to be steady, since nobody waits
+                for a device at every step.
             batch: Examples behind the step's gradient, 0 when unknown.
         """
-        groups = optimizer.param_groups
-        # a rate in a tensor lives on the device, and nobody waits for it at every step
-        rates = [0.0 if isinstance(group["lr"], torch.Tensor) else group["lr"] for group in groups]
-        others = [[group.get(name) for name in _NAMES] for group in groups]
-        before = self._rates, self._others
-        self._rates, self._others = rates, others
+        given = [[_rate(group), *map(group.get, _NAMES)] for group in optimizer.param_groups]
+        moved = given != self._given
+        self.changed = moved or any(settings[0] is None for settings in given)
         batch_jumped = self._batch_jumped(batch)
-        if not before[0] or (rates, others) == before:
+        if not moved:
             return batch_jumped
-        if others != before[1] or len(rates) != len(before[0]):
+        before, self._given, self._numbers = self._numbers, given, [_numbers(*settings) for settings in given]
+        if not before or self._numbers == before:
+            return batch_jumped
+        if [len(numbers) for numbers in self._numbers] != [len(numbers) for numbers in before]:
             return True
         self.drifts += 1
-        steps = zip(rates, before[0], strict=True)
+        steps = zip(chain(*self._numbers), chain(*before), strict=True)
         return batch_jumped or any(abs(new - old) > _JUMP * abs(old) for new, old in steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and tuples."""
+        """Plain numbers and lists."""
         return {
-            "rates": self._rates,
-            "others": self._others,
-            "batch": self._batch,
-            "unusual": self._unusual,
+            "numbers": self._numbers,
+            "batch": self.batch,
+            "other_batch": self._other_batch,
+            "times": self._times,
             "drifts": self.drifts,
         }
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
 
         Args:
             saved: What it returned.
         """
-        self._rates, self._others = saved["rates"], saved["others"]
-        self._batch, self._unusual, self.drifts = saved["batch"], saved["unusual"], saved["drifts"]
+        self._given, self._numbers, self.drifts = [], saved["numbers"], saved["drifts"]
+        self.batch, self._other_batch, self._times = saved["batch"], saved["other_batch"], saved["times"]
 
     def _batch_jumped(self, batch: int) -> bool:
-        if not batch or batch == self._batch:
-            self._unusual = 0
+        if not batch or batch == self.batch:
+            self._times = 0
             return False
-        self._unusual += 1
-        if self._batch and self._unusual < _PATIENCE:
+        self._times = self._times + 1 if batch == self._other_batch else 1
+        self._other_batch = batch
+        if self.batch and self._times < _PATIENCE:
             return False
-        first, self._batch, self._unusual = not self._batch, batch, 0
+        first, self.batch, self._times = not self.batch, batch, 0
         return not first
+
+
+def _rate(group: Mapping[str, Any]) -> float | None:
+    """A group's learning rate; ``None`` where reading it would wait for a device."""
+    rate = group["lr"]
+    return None if isinstance(rate, torch.Tensor) and rate.device.type != "cpu" else float(rate)
+
+
+def _numbers(rate: float | None, decay: Any, *memories: Any) -> list[float]:
+    """A group's settings, each so that its relative change is what counts: of a momentum, that of 1 - mu."""
+    *single, betas = memories
+    flat = [value for value in (*single, *(betas or ())) if value is not None]
+    return [rate or 0.0, float(decay or 0.0), *(1.0 - float(value) for value in flat)]

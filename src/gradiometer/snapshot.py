@@ -19,6 +19,10 @@ _SUPPLIED_BY = {
         ("chunks", "example_chunks", "norm_layer_chunks", "split_chunks"),
         "monitor.micro_batch(x, y) around each forward and backward, then monitor.before_step()",
     ),
+    **dict.fromkeys(
+        ("curvature", "step_curvature"),
+        "Monitor(loss_fn=...) and monitor.micro_batch(x, y), then monitor.before_step()",
+    ),
     "update": "monitor.before_step() before the optimizer's step",
     "work": "monitor.before_step() before the optimizer's step",
     "weights": "the optimizer's step itself",
@@ -81,6 +85,7 @@ class Chunks:
         coverage: Their share of all trainable parameters.
         skipped: Why the others are missing, by parameter name.
         processes: Processes whose parts make up the whole gradient.
+        preconditioned: The same in the metric of the optimizer's own steps, where it is asked for.
 
     Shapes:
         sq_norms ``[k, U]``, sizes and weights ``[k]``, batch_sq_norm and parameters ``[U]``, counted scalar.
@@ -96,6 +101,33 @@ class Chunks:
     coverage: float
     skipped: Mapping[str, str]
     processes: int = 1
+    preconditioned: Chunks | None = None
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Products of distinct parts of one batch, each part with a gradient, a step and a Hessian of its own.
+
+    The steps are the gradients themselves, or what the optimizer makes of them.
+
+    Args:
+        gram: Inner product of each part's step with each part's gradient.
+        step_gram: Inner products of the parts' steps.
+        forms: The same through the Hessian of a third part, at ``[Hessian, step, step]``.
+        sizes: Examples in each part.
+        noise_share: Variance of the gradient that makes the step over that of one example, 1 / B.
+        counted: 1, or 0 where something is not finite and this step must not count.
+
+    Shapes:
+        gram and step_gram ``[k, k]``, forms ``[k, k, k]``, sizes ``[k]``, counted scalar.
+    """
+
+    gram: Tensor
+    step_gram: Tensor
+    forms: Tensor
+    sizes: Tensor
+    noise_share: float
+    counted: Tensor
 
 
 @dataclass(frozen=True)
@@ -174,6 +206,9 @@ class Snapshot:
         example_chunks: The same from single examples.
         norm_layer_chunks: The same from single examples as the norm layers see them.
         split_chunks: The same from a batch that was split.
+        preconditioner: The metric of the optimizer's own steps, before this one.
+        curvature: Gradients and Hessians of parts of the batch.
+        step_curvature: The same with the steps that the optimizer makes of the parts' gradients.
         update: The update this step made.
         work: Inner products for verification.
         weights: State functions of the weights after the step.
@@ -204,6 +239,9 @@ class Snapshot:
     example_chunks: Chunks = _UNSET
     norm_layer_chunks: Chunks = _UNSET
     split_chunks: Chunks = _UNSET
+    preconditioner: Any = _UNSET
+    curvature: Curvature = _UNSET
+    step_curvature: Curvature = _UNSET
     update: Update = _UNSET
     work: Work = _UNSET
     weights: Weights = _UNSET

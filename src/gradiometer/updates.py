@@ -143,7 +143,8 @@ def squared_displacements(
             device = parameters[0].device if parameters else torch.device("cpu")
             return torch.zeros(len(parameters), dtype=accumulation_dtype(device), device=device)
         squares = squared_norms(directions)
-        squares *= squares.new_tensor(rates).square_()
+        alike = len(set(rates)) == 1  # one number needs no tensor
+        squares *= rates[0] ** 2 if alike else squares.new_tensor(rates).square_()
         if len(trained) == len(parameters):
             return squares
         had_gradient = torch.tensor([p.grad is not None for p in parameters], device=squares.device)

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,8 @@ from gradiometer import GradientNoiseScale, MemoryRecorder, Monitor
 from gradiometer.autodiff.ride_along import RideAlong, refusal
 from gradiometer.autodiff.rules import RULES
 from gradiometer.errors import SampleSkippedError, UnsupportedError
+
+from .. import zoo
 
 BATCH = 5
 
@@ -460,3 +464,129 @@ def test_time_in_hooks_is_counted():
     assert tape.seconds == 0.0
     squared(model, torch.randn(BATCH, 4)).backward()
     assert tape.seconds > 0.0
+
+
+# -- what does not add up --------------------------------------------------------------------------
+
+FOREIGN = "its gradient is not all from its module's calls (tied by hand, a penalty)"
+ADDED_TO = {
+    "hooks that change activations": {"0.weight", "0.bias"},
+    "language model, functional head, parameter of positions": {"embed.weight"},
+    "language model, functional head, table of positions": {"embed.weight"},
+    "weight used again": {"layer.weight"},
+}
+
+
+def compared(model, loss_fn, batch, size=BATCH):
+    tape = RideAlong(model, size, check=True)
+    try:
+        loss_fn(model, batch).backward()
+    finally:
+        tape.detach()
+    return tape
+
+
+def foreign(tape):
+    return {name for name, reason in tape.result()[1].items() if reason == FOREIGN}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_the_comparison_knows_the_models_of_the_zoo(kind):
+    """It leaves out what is used outside its module's calls, and nothing else."""
+    found = {}
+    judged = 0
+    for name, entry in zoo.ENTRIES.items():
+        model, x = zoo.build(name, kind), zoo.batch(name, dtype=kind)
+
+        def loss_fn(model, x, forward=entry.forward):
+            return zoo.call(model, x, forward).square().sum()
+
+        if refusal(model) is None:
+            tape = compared(model, loss_fn, x, zoo.size(x))
+            with contextlib.suppress(UnsupportedError, SampleSkippedError):
+                found[name] = foreign(tape)
+                judged += len(tape.comparison.judged)
+    assert {name: names for name, names in found.items() if names} == ADDED_TO
+    assert judged > 400
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_the_comparison_allows_for_the_rounding_of_half_precision(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(3, 16, 3), nn.GELU(), nn.Flatten(), nn.Linear(96, 64), nn.LayerNorm(64))
+    x = draws(64, 3, 8).float()
+
+    def loss_fn(model, x):
+        with torch.autocast("cpu", kind):
+            return 1024 * model(x).square().mean()
+
+    assert foreign(compared(model, loss_fn, x, 64)) == set()
+    whole = model.to(kind)
+    assert foreign(compared(whole, lambda model, x: model(x).square().mean(), x.to(kind), 64)) == set()
+
+
+def test_a_gradient_that_cancels_is_not_taken_for_a_foreign_one():
+    """Where examples, or positions of one example, all but cancel, rounding is what is left."""
+    model = nn.Linear(4, 3)
+    x = draws(BATCH, 6, 4).float()
+    both = torch.cat([x, x.flip(1)], 1) * 1e4
+    sign = torch.tensor([1.0] * 6 + [-1.0] * 6)[:, None]
+    tape = compared(model, lambda model, x: (model(x) * sign).sum() + 1e-6 * model(x).sum(), both)
+    assert foreign(tape) == set()
+    assert tape.comparison.judged == {"weight", "bias"}
+
+
+def penalised(strength):
+    def loss_fn(model, x):
+        return squared(model, x) + strength * model[0].weight.square().sum()
+
+    return loss_fn
+
+
+def test_a_penalty_is_noticed():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    tape = compared(model, penalised(1.0), draws(BATCH, 4))
+    assert foreign(tape) == {"0.weight"}
+    assert tape.comparison.judged == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def test_a_hook_that_changes_a_gradient_is_noticed():
+    model = nn.Linear(4, 2).double()
+    handle = model.weight.register_hook(lambda grad: 0 * grad)
+    assert foreign(compared(model, squared, draws(BATCH, 4))) == {"weight"}
+    handle.remove()
+    assert foreign(compared(model, squared, draws(BATCH, 4))) == set()
+
+
+def test_gradients_that_say_nothing_are_not_judged():
+    model = nn.Sequential(nn.Linear(4, 2)).double()
+    tape = compared(model, lambda model, x: squared(model, x) * 0, draws(BATCH, 4))
+    assert foreign(tape) == set()
+    assert tape.comparison.judged == set()
+    tape = compared(model, lambda model, x: squared(model, x) * torch.nan, draws(BATCH, 4))
+    assert foreign(tape) == set()
+    assert tape.comparison.judged == set()
+
+
+def test_the_comparison_leaves_the_random_state_and_no_hooks():
+    model = nn.Linear(4, 2).double()
+    before = torch.get_rng_state()
+    compared(model, squared, draws(BATCH, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert hooks(model) == 0
+    assert not model.weight._backward_hooks
+
+
+def test_weighted_norms_where_the_weight_is_known():
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double(), draws(BATCH, 4)
+    weights = {model[0].weight: draws(6, 4, seed=1).square(), model[2].bias: draws(2, seed=2).square()}
+    tape = RideAlong(model, BATCH, metric=weights.get)
+    squared(model, x).backward()
+    tape.detach()
+    assert set(tape.weighted) == {"0.weight", "2.bias"}
+    for name, parameter in (("0.weight", model[0].weight), ("2.bias", model[2].bias)):
+        for n in range(BATCH):
+            [grad] = torch.autograd.grad(squared(model, x[n : n + 1]), [parameter])
+            expected = (weights[parameter] * grad.square()).sum()
+            torch.testing.assert_close(tape.weighted[name][n], expected, rtol=1e-10, atol=0)

@@ -1,11 +1,15 @@
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import solve_discrete_lyapunov
+from torch import nn
 
-from gradiometer.errors import InputError
+from gradiometer import MemoryRecorder, Monitor, NoiseCurvature, SecondFluctuationDissipation, Snapshot
+from gradiometer.errors import InputError, MeasurementWarning, MissingFieldError, UnsupportedError
+from gradiometer.estimators import Mean
 from gradiometer.observables.curvature_noise import best_step, curvature_of_noise
 from gradiometer.observables.gradient_noise_scale import gradient_noise_scale
 from gradiometer.observables.second_fluctuation_dissipation import (
@@ -495,3 +499,340 @@ def test_there_is_no_best_step_down_a_saddle():
     assert best_step(one, -one, one / 2, 1.0).lr.isnan()
     with pytest.raises(InputError, match="batch_size must be positive"):
         best_step(one, one, one, 0)
+
+
+# -- the observables, on a live run ------------------------------------------------------------------
+
+
+class Bowl(nn.Module):
+    """The noisy quadratic as a model: the noise is the data, ``f = h theta^2 / 2 + xi . theta``."""
+
+    def __init__(self, copies):
+        super().__init__()
+        self.register_buffer("h", H.repeat(copies))
+        self.theta = nn.Parameter(torch.zeros(4 * copies, dtype=torch.float64))
+
+    def forward(self, noise):
+        return 0.5 * (self.h * self.theta.square()).sum() + noise @ self.theta
+
+
+def mean_loss(outputs, targets):
+    return outputs.mean()
+
+
+def bowl_run(
+    options, observables, *, steps, burn=400, batch=6, accumulation=1, copies=2000, data=None, **kwargs
+):
+    """Readings at the end of a run in the bowl, begun in its stationary state.
+
+    The batch gradient has the covariance C; with ``data`` it is drawn from these examples, reshuffled
+    every epoch.
+    """
+    generator = seeded(5)
+    model = Bowl(copies)
+    optimizer = torch.optim.SGD(model.parameters(), **options)
+    o = settings_of(options)
+    rate, k, mu = o["lr"] * (1 - o["dampening"]), model.h + o["weight_decay"], o["momentum"]
+    noise = C.repeat(copies)
+    spread = (rate * noise * (1 + mu) / (k * (1 - mu) * (2 * (1 + mu) - rate * k))).sqrt()
+    model.theta.data.copy_(spread * torch.randn(4 * copies, generator=generator, dtype=torch.float64))
+
+    def loader():
+        while True:
+            if data is None:
+                yield (batch * noise).sqrt() * torch.randn(
+                    batch, 4 * copies, generator=generator, dtype=torch.float64
+                )
+            else:
+                yield from data[torch.randperm(len(data), generator=generator)].split(batch)
+
+    memory, monitor, source = MemoryRecorder(), None, loader()
+    for step in range(burn + steps):
+        if step == burn:
+            monitor = Monitor(
+                model,
+                optimizer,
+                observables,
+                recorders=[memory],
+                loss_fn=mean_loss,
+                on_error="raise",
+                **kwargs,
+            )
+        optimizer.zero_grad()
+        for part in next(source).chunk(accumulation):
+            if monitor is not None:
+                monitor.begin_micro_batch(part)
+            (model(part).mean() / accumulation).backward()
+            if monitor is not None:
+                monitor.end_micro_batch()
+        if monitor is not None:
+            monitor.before_step()
+        optimizer.step()
+    monitor.close()
+    return {key.partition("/")[2]: reading for key, reading in memory.latest().items()}
+
+
+def second(schedule=10, **kwargs):
+    return SecondFluctuationDissipation(schedule=schedule, sampling=1, estimator=Mean(), **kwargs)
+
+
+def agree(reading, expected, within):
+    assert abs(reading.value - expected) < 4 * reading.stderr
+    assert abs(reading.value / expected - 1) < within
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulation"),
+    [("plain", 1), ("momentum", 1), ("nesterov", 1), ("nesterov l2", 1), ("dampening l2", 2)],
+)
+def test_both_sides_agree_at_the_stationary_state_of_a_live_run(name, accumulation):
+    options = SGD[name]
+    found = bowl_run(options, [second()], steps=300, accumulation=accumulation, replacement=True)
+    exact = relation(stationary_moments(options), options)
+    expected = 2000 * options["lr"] * exact.right.item()
+    agree(found["fdr2/ratio"], 1.0, 0.06)
+    agree(found["fdr2/left"], expected, 0.06)
+    agree(found["fdr2/right"], expected, 0.01)
+    assert found["fdr2/ratio"].stderr < 0.03
+    stiffness = ((H + options.get("weight_decay", 0.0)) * C).sum() / C.sum()
+    agree(found["fdr2/curvature"], stiffness.item(), 0.01)
+    assert found["fdr2/ratio"].note == "batches drawn with replacement"
+
+
+def test_without_the_buffer_the_relation_fails_under_momentum():
+    found = bowl_run(SGD["momentum"], [second(), NoiseCurvature(schedule=10, sampling=1)], steps=200)
+    agree(found["fdr2/ratio"], 1.0, 0.06)
+    # the relation of plain SGD says that the best step is half the learning rate
+    wrong = 2 * found["noise_curvature/best_lr"].value / SGD["momentum"]["lr"]
+    assert wrong == pytest.approx(6.46, rel=0.05)
+
+
+def test_a_run_on_its_way_down_gains_more_than_it_loses():
+    model = Bowl(50)
+    model.theta.data.fill_(3.0)
+    optimizer, memory, generator = torch.optim.SGD(model.parameters(), lr=0.02), MemoryRecorder(), seeded(6)
+    with Monitor(model, optimizer, [second()], recorders=[memory], loss_fn=mean_loss) as monitor:
+        for _ in range(41):
+            x = torch.randn(6, 200, generator=generator, dtype=torch.float64)
+            with monitor.micro_batch(x):
+                model(x).mean().backward()
+            monitor.before_step()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert memory.latest()["dynamics/fdr2/ratio"].value > 5
+
+
+def test_groups_with_rates_of_their_own_add_up():
+    class Pair(Bowl):
+        """The bowl turned by a quarter: the Hessian couples its two parameters."""
+
+        def __init__(self, copies):
+            super().__init__(copies)
+            self.other = nn.Parameter(torch.zeros_like(self.theta))
+
+        def forward(self, noise):
+            bend = (self.theta.square() + self.other.square() + self.theta * self.other).sum() / 2
+            return bend + noise @ torch.cat([self.theta, self.other])
+
+    model, memory, generator = Pair(500), MemoryRecorder(), seeded(9)
+    optimizer = torch.optim.SGD(
+        [{"params": [model.theta], "momentum": 0.5}, {"params": [model.other], "lr": 0.4}], lr=0.1
+    )
+    monitor = None
+    for step in range(500):
+        if step == 150:
+            monitor = Monitor(model, optimizer, [second()], recorders=[memory], loss_fn=mean_loss)
+        x = torch.randn(6, 4000, generator=generator, dtype=torch.float64)
+        optimizer.zero_grad()
+        if monitor is not None:
+            monitor.begin_micro_batch(x)
+        model(x).mean().backward()
+        if monitor is not None:
+            monitor.end_micro_batch()
+            monitor.before_step()
+        optimizer.step()
+    monitor.close()
+    latest = memory.latest()
+    agree(latest["dynamics/fdr2/ratio"], 1.0, 0.06)
+    assert "dynamics/fdr2/shuffling" not in latest  # which rate would it be
+
+
+def test_shuffled_epochs_break_the_relation_and_are_refused():
+    data = 6**0.5 * torch.randn(60, 4 * 200, generator=seeded(7), dtype=torch.float64)
+    data -= data.mean(0)
+    arguments = {"copies": 200, "data": data, "dataset_size": 60}
+    options = {"lr": 0.02}
+    found = bowl_run(options, [second(allow_shuffled=True)], steps=300, replacement=False, **arguments)
+    ratio, curvature = found["fdr2/ratio"], found["fdr2/curvature"].value
+    assert ratio.value < 0.7
+    assert "without replacement: soft directions are colder" in ratio.note
+    assert f"M = 10 steps per epoch, eta h_eff M / (1 - mu) = {0.2 * curvature:.3g}" in ratio.note
+    expected = shuffling_factor(options["lr"] * curvature, 10)
+    assert found["fdr2/shuffling"].value == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(
+        UnsupportedError, match=r"drawn without replacement\. .* or write allow_shuffled=True"
+    ):
+        bowl_run(options, [second()], steps=1, replacement=False, **arguments)
+    unknown = bowl_run(options, [second()], steps=21, **arguments)
+    assert "how these are drawn is not known" in unknown["fdr2/ratio"].note
+    assert "fdr2/shuffling" not in unknown
+
+
+@pytest.mark.parametrize(
+    ("options", "gain"), [("momentum", 10.0), ("nesterov l2", 5.0), ("dampening l2", 5.0)]
+)
+def test_the_relaxation_rate_in_the_note_is_that_of_the_momentum(options, gain):
+    options = SGD[options]
+    found = bowl_run(
+        options,
+        [second(allow_shuffled=True)],
+        steps=21,
+        copies=50,
+        burn=5,
+        replacement=False,
+        dataset_size=60,
+    )
+    rate = gain * options["lr"] * (1 - options.get("dampening", 0.0)) * found["fdr2/curvature"].value
+    assert found["fdr2/shuffling"].value == pytest.approx(shuffling_factor(rate, 10), rel=1e-9)
+
+
+def test_other_optimizers_and_runs_without_the_loss_are_refused():
+    for make, loss_fn, message in (
+        (torch.optim.Adam, mean_loss, r"torch\.optim\.SGD only, got Adam"),
+        (torch.optim.SGD, None, "Pass loss_fn="),
+    ):
+        model, memory = Bowl(2), MemoryRecorder()
+        optimizer = make(model.parameters(), lr=0.01)
+        monitor = Monitor(model, optimizer, [second()], recorders=[memory], loss_fn=loss_fn)
+        with pytest.warns(MeasurementWarning, match=message) as caught:
+            for _ in range(12):
+                with monitor.micro_batch(torch.randn(6, 8, dtype=torch.float64)):
+                    model(torch.randn(6, 8, dtype=torch.float64)).mean().backward()
+                monitor.before_step()
+                optimizer.step()
+        monitor.close()
+        assert len(caught) == 1
+        assert all(math.isnan(memory.latest()[f"dynamics/fdr2/{name}"].value) for name in ("left", "ratio"))
+
+
+@pytest.mark.parametrize("kind", [SecondFluctuationDissipation, NoiseCurvature])
+def test_a_missing_field_is_named_with_the_call_that_supplies_it(kind):
+    with pytest.raises(MissingFieldError, match=r"Monitor\(loss_fn=\.\.\.\) and monitor\.micro_batch"):
+        kind().statistics(Snapshot(step=7))
+
+
+class Regression(nn.Module):
+    """Least squares; the Hessian of each example is its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.8, -0.3, 0.4, 1.1], dtype=torch.float64))
+
+    def forward(self, x):
+        return x @ self.w
+
+
+def least_squares(outputs, targets):
+    return 0.5 * (outputs - targets).square().mean()
+
+
+def regression_data():
+    generator = seeded(11)
+    x = torch.randn(30, 4, generator=generator, dtype=torch.float64) * H.sqrt()
+    return x, torch.randn(30, generator=generator, dtype=torch.float64)
+
+
+def regression_run(observables, *, steps, state=None, lr=0.0, reduction="mean", accumulation=2):
+    """A run on least squares with batches of 12, drawn with replacement; with lr = 0 it stays where it is."""
+    x, y = regression_data()
+    model, memory = Regression(), MemoryRecorder()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.5)
+    generator = seeded(12)
+
+    def loss_fn(outputs, targets):
+        return least_squares(outputs, targets) * (len(outputs) if reduction == "sum" else 1)
+
+    monitor = Monitor(
+        model,
+        optimizer,
+        observables,
+        recorders=[memory],
+        loss_fn=loss_fn,
+        loss_reduction=reduction,
+        on_error="raise",
+    )
+    begin = 0
+    if state is not None:
+        monitor.load_state_dict(state["monitor"])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        begin = monitor.step
+    for _ in range(begin, steps):
+        optimizer.zero_grad()
+        for index in torch.randint(30, (12,), generator=generator).chunk(accumulation):
+            with monitor.micro_batch(x[index], y[index]):
+                divisor = accumulation if reduction == "mean" else 1
+                (loss_fn(model(x[index]), y[index]) / divisor).backward()
+        monitor.before_step()
+        optimizer.step()
+    state = {
+        "monitor": monitor.state_dict(),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "generator": generator.get_state(),
+    }
+    monitor.close()
+    return memory, state
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_noise_as_the_curvature_sees_it_in_a_linear_regression(reduction):
+    memory, _ = regression_run(
+        [NoiseCurvature(schedule=20, sampling=1, estimator=Mean())], steps=900, reduction=reduction
+    )
+    x, y = regression_data()
+    w = Regression().w.detach()
+    exact = expectations(x * (x @ w - y)[:, None], x[:, :, None] * x[:, None, :])
+    noise = (exact["noise_curvature"] / exact["gradient_curvature"]).item()
+    found = {key.rpartition("/")[2]: reading for key, reading in memory.latest().items()}
+    assert found["scale"].low < noise < found["scale"].high
+    assert found["scale"].value == pytest.approx(noise, rel=0.15)
+    assert found["scale_lower_bound"].value == found["scale"].low
+    agree(found["curvature"], (exact["noise_curvature"] / exact["trace"]).item(), 0.05)
+    cost = exact["gradient_curvature"] + exact["noise_curvature"] / 12
+    agree(found["best_lr"], (exact["grad_sq_norm"] / cost).item(), 0.1)
+    assert found["scale"].note == f"3 parts of 2 or more examples, loss_reduction={reduction}"
+
+
+def test_a_noise_scale_without_a_signal_is_not_resolved():
+    found = bowl_run({"lr": 1e-9}, [NoiseCurvature(schedule=2, sampling=1)], steps=33, burn=1, copies=2)
+    scale = found["noise_curvature/scale"]
+    assert not scale.resolved
+    assert scale.note.endswith(
+        f"not resolved, at least {found['noise_curvature/scale_lower_bound'].value:.3g}"
+    )
+
+
+@pytest.mark.parametrize("kind", [SecondFluctuationDissipation, NoiseCurvature])
+def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(kind):
+    arguments = {"lr": 0.05, "accumulation": 1}
+    straight, _ = regression_run([kind(schedule=5, sampling=2)], steps=40, **arguments)
+    first, state = regression_run([kind(schedule=5, sampling=2)], steps=23, **arguments)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    state = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    second_half, _ = regression_run([kind(schedule=5, sampling=2)], steps=40, state=state, **arguments)
+    whole = first.records + second_half.records
+    assert [step for step, _ in whole] == [step for step, _ in straight.records] == list(range(0, 40, 5))
+    for (_, left), (_, right) in zip(whole, straight.records, strict=True):
+        for a, b in zip(left, right, strict=True):
+            if "/cost/" not in a.key:
+                assert (a.key, a.value.hex(), a.stderr.hex()) == (b.key, b.value.hex(), b.stderr.hex())
+
+
+def test_a_weight_that_rests_has_no_relation():
+    memory, _ = regression_run([second()], steps=12)
+    ratio = memory.latest()["dynamics/fdr2/ratio"]
+    assert math.isnan(ratio.value)
+    assert not ratio.resolved

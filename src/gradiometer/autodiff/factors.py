@@ -48,15 +48,36 @@ class Outer:
         g = self.g.unflatten(1, (n, size)).movedim(2, 3)
         return Outer(a, g.reshape(len(self.g), n, groups, positions, -1))
 
-    def sq_norms(self) -> Tensor:
-        """Squared norm per output and example, ``[K, N]``, by the cheaper of two exact forms."""
+    @property
+    def width(self) -> int:
+        """Length of the parameter's rows, as ``contract`` takes it."""
+        return self.a.shape[-1]
+
+    def contract(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Sum over outputs and examples, between a vector ``[p / width]`` and another ``[width]``."""
+        along_g = (self.g @ rows.view(self.g.shape[2], -1, 1)).squeeze(-1)
+        return (along_g * (self.a @ columns)).sum()
+
+    def terms(self) -> Tensor:
+        """Squared norms of all single terms, added up: what rounding in their sum is relative to."""
+        return (self.a.square().sum(-1) * self.g.square().sum(-1)).sum()
+
+    def sq_norms(self, weight: Tensor | None = None) -> Tensor:
+        """Squared norm per output and example, ``[K, N]``, by the cheaper of two exact forms.
+
+        Args:
+            weight: What the square of each component counts, ``[p]``; 1 when ``None``.
+        """
         outputs, batch, groups, positions, width = self.g.shape
         inputs = self.a.shape[-1]
         if positions == 1:
-            return (self.a.square().sum(-1) * self.g.square().sum(-1)).sum((2, 3))
+            a, g = self.a.square()[:, :, 0], self.g.square()[:, :, :, 0]
+            if weight is None:
+                return (a.sum(-1) * g.sum(-1)).sum(-1)
+            return torch.einsum("kngo,goi,ngi->kn", g, weight.view(groups, width, inputs), a)
         if inputs == 1:
-            return self.columns(0, 1).square().sum(-1)
-        by_positions = positions * (inputs + width) < inputs * width
+            return _sums(self.columns(0, 1).square(), weight)
+        by_positions = weight is None and positions * (inputs + width) < inputs * width
         size = max(1, BLOCK // (groups * (positions**2 if by_positions else inputs * width)))
         norms = self.g.new_empty(outputs, batch)
         for k in range(outputs):
@@ -65,7 +86,7 @@ class Outer:
                 norms[k, i : i + size] = (
                     ((a @ a.mT) * (g @ g.mT)).sum((1, 2, 3))
                     if by_positions
-                    else (g.mT @ a).square().sum((1, 2, 3))
+                    else _sums((g.mT @ a).square().flatten(1), weight)
                 )
         return norms
 
@@ -112,8 +133,25 @@ class Rows:
         n = len(self.index) // size
         return Rows(self.index.reshape(n, -1), self.g.reshape(len(self.g), n, -1, self.g.shape[-1]))
 
-    def sq_norms(self) -> Tensor:
-        """Squared norm per output and example, ``[K, N]``: equal rows of one example are added first."""
+    @property
+    def width(self) -> int:
+        """Length of the parameter's rows, as ``contract`` takes it."""
+        return self.g.shape[-1]
+
+    def contract(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Sum over outputs and examples, between a vector ``[p / width]`` and another ``[width]``."""
+        return (rows[self.index] * (self.g @ columns)).sum()
+
+    def terms(self) -> Tensor:
+        """Squared norms of all single terms, added up: what rounding in their sum is relative to."""
+        return self.g.square().sum()
+
+    def sq_norms(self, weight: Tensor | None = None) -> Tensor:
+        """Squared norm per output and example, ``[K, N]``: equal rows of one example are added first.
+
+        Args:
+            weight: What the square of each component counts, ``[p]``; 1 when ``None``.
+        """
         outputs, batch, positions, width = self.g.shape
         rows = int(self.index.max()) + 1
         example = torch.arange(batch, device=self.index.device)[:, None]
@@ -121,7 +159,10 @@ class Rows:
         sums = self.g.new_zeros(outputs, len(touched), width)
         sums.index_add_(1, where.reshape(-1), self.g.reshape(outputs, batch * positions, width))
         norms = self.g.new_zeros(outputs, batch)
-        return norms.index_add_(1, touched // rows, sums.square().sum(-1))
+        squares = sums.square()
+        if weight is not None:
+            squares = squares * weight.view(-1, width)[touched % rows]
+        return norms.index_add_(1, touched // rows, squares.sum(-1))
 
     def some(self, where: Tensor, begin: int, end: int) -> Tensor:
         """Gradients of the rows that ``where [N, T]`` numbers ``begin`` to ``end``, ``[K, N, rows d]``."""
@@ -148,9 +189,26 @@ class Plain:
         """Make each run of ``size`` consecutive examples one example."""
         return Plain(self.gradient.unflatten(1, (-1, size)).sum(2))
 
-    def sq_norms(self) -> Tensor:
-        """Squared norm per output and example, ``[K, N]``."""
-        return self.gradient.square().sum(-1)
+    @property
+    def width(self) -> int:
+        """Length of the parameter's rows, as ``contract`` takes it: all of it is one."""
+        return self.gradient.shape[-1]
+
+    def contract(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Sum over outputs and examples, between a vector ``[p / width]`` and another ``[width]``."""
+        return (self.gradient @ columns).sum() * rows.sum()
+
+    def terms(self) -> Tensor:
+        """Squared norms of all single terms, added up: what rounding in their sum is relative to."""
+        return self.gradient.square().sum()
+
+    def sq_norms(self, weight: Tensor | None = None) -> Tensor:
+        """Squared norm per output and example, ``[K, N]``.
+
+        Args:
+            weight: What the square of each component counts, ``[p]``; 1 when ``None``.
+        """
+        return _sums(self.gradient.square(), weight)
 
     def dense(self, shape: torch.Size) -> Tensor:
         """The gradient, ``[K, N, p]``."""
@@ -159,6 +217,11 @@ class Plain:
 
 
 Factor = Outer | Rows | Plain
+
+
+def _sums(squares: Tensor, weight: Tensor | None) -> Tensor:
+    """Sum over the last axis, weighted."""
+    return squares.sum(-1) if weight is None else squares @ weight
 
 
 def add(uses: Sequence[Factor]) -> list[Factor]:

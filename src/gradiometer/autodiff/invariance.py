@@ -21,12 +21,17 @@ NORMALISING = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 _FACTOR = 2.0
 _TOLERANCE = 0.01
 """The normalisation's own epsilon breaks the invariance a little; scaling any other weight does not pass."""
+_SPREAD = 0.5
 
 
 def scale_invariant_weights(
     model: nn.Module, x: Any, forward: Forward = matrix_forward, *, tolerance: float = _TOLERANCE
 ) -> list[str]:
     """Names of the weights whose scale does not change the outputs, by doubling each of them.
+
+    This is tried where biases, gains and what is 0 are moved a little at random, since a bias that begins at
+    0 hides that it is not scaled along, and a head that does hides everything. A weight that changes nothing
+    whatever it is has no part in the outputs and is none of these.
 
     Each module is in the mode it is in: batch norm normalises with the batch only in train mode. Dropout
     draws the same masks every time. A model without any normalisation is not run.
@@ -50,20 +55,36 @@ def scale_invariant_weights(
     """
     if not any(isinstance(module, NORMALISING) for module in model.modules()):
         return []
-    with as_training(model), torch.no_grad():
-        function, parameters = pure_function(model, forward)
+    function, parameters = pure_function(model, forward)
 
-        def outputs(values: dict[str, Tensor]) -> Tensor:
-            torch.manual_seed(0)  # the same masks every time; as_training restores the random state
+    def outputs(values: dict[str, Tensor]) -> Tensor:
+        with as_training(model), torch.no_grad():  # each time from the same random state: the same masks
             return function(values, x)
 
-        plain = outputs(parameters)
-        scale = plain.norm()
-        trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        return [
-            name
-            for name, (key, value) in zip(trainable, parameters.items(), strict=True)
-            if value.ndim > 1
-            and value.any()
-            and (outputs({**parameters, key: _FACTOR * value}) - plain).norm() <= tolerance * scale
-        ]
+    generator = torch.Generator().manual_seed(0)
+    point = {key: _moved(value, generator) for key, value in parameters.items()}
+    plain = outputs(point)
+
+    def unchanged(key: str, value: Tensor) -> bool:
+        return bool((outputs({**point, key: value}) - plain).norm() <= tolerance * plain.norm())
+
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        name
+        for name, (key, value) in zip(trainable, point.items(), strict=True)
+        if value.ndim > 1
+        and unchanged(key, _FACTOR * value)
+        and not unchanged(key, _noise(value, generator) * value.std())
+    ]
+
+
+def _moved(value: Tensor, generator: torch.Generator) -> Tensor:
+    """A bias or a gain with noise added, a matrix of zeros filled with noise, any other as it is."""
+    if value.ndim < 2:
+        return value + _SPREAD * _noise(value, generator)
+    return value if value.any() else _noise(value, generator) * (len(value) / value.numel()) ** 0.5
+
+
+def _noise(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers that depend neither on the device nor on the global generators."""
+    return torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)

@@ -219,6 +219,7 @@ class SplitCurvature(NamedTuple):
     gram: Tensor
     forms: Tensor
     sizes: Tensor
+    steps: list[list[Tensor]]
 
 
 def split_curvature(
@@ -229,32 +230,40 @@ def split_curvature(
     parts: int,
     *,
     parameters: Sequence[Tensor] | None = None,
+    loss_reduction: str = "mean",
+    step: Callable[[list[Tensor]], list[Tensor]] | None = None,
 ) -> SplitCurvature:
     r"""Inner products of the gradients of a batch's parts, plain and through the Hessians of other parts.
 
-    .. math:: \text{gram}_{il} = g_i\cdot g_l, \qquad \text{forms}_{jil} = g_i^T H_j\, g_l
+    .. math:: \text{gram}_{il} = u_i\cdot g_l, \qquad \text{forms}_{jil} = u_i^T H_j\, u_l
               \quad (i \ne j,\ l \ne j;\ \text{zero elsewhere})
 
-    What ``curvature_of_noise`` is made of. Each part's Hessian meets the k - 1 gradients of the others, so
-    that all together cost k - 1 products with the Hessian of the whole batch and k gradients are held at
-    once. Dropout masks of gradients and Hessians are independent.
+    with :math:`u_i = g_i`, or the step that an optimizer makes of it. What ``curvature_of_noise`` is made
+    of. Each part's Hessian meets the k - 1 gradients of the others, so that all together cost k - 1 products
+    with the Hessian of the whole batch and k gradients are held at once. Dropout masks of gradients and
+    Hessians are independent.
 
     Args:
         model: Any module.
-        loss_fn: Maps outputs and targets of a part to its mean loss.
+        loss_fn: Maps outputs and targets of a part to its loss.
         x: Inputs: a tensor, or a nest of tensors with the examples first.
         y: Targets: a tensor, or a nest of tensors with the examples first.
         parts: Number of parts k, three at least.
         parameters: Which of the model's parameters; all trainable ones when ``None``.
+        loss_reduction: What ``loss_fn`` takes over the examples of a part: a ``"mean"``, or a ``"sum"``,
+            which is divided by their number.
+        step: Maps the gradient of a part to a vector ``u`` of the same shapes; the gradient itself when
+            ``None``.
 
     Returns:
-        ``gram``, ``forms`` and the number of examples in each part, ``sizes``.
+        ``gram``, ``forms``, the number of examples in each part, ``sizes``, and the vectors ``u``,
+        ``steps``.
 
     Shapes:
-        gram ``[k, k]``, forms ``[k, k, k]``, sizes ``[k]``.
+        gram ``[k, k]``, forms ``[k, k, k]``, sizes ``[k]``, steps as the parameters.
 
     Units:
-        loss^2 / parameter^2; loss^3 / parameter^4; examples.
+        loss^2 / parameter^2; loss^3 / parameter^4; examples; loss / parameter.
 
     Raises:
         InputError: As ``split_gradients``; fewer than three parts.
@@ -272,24 +281,31 @@ def split_curvature(
     """
     slices = _slices(x, y, parts, at_least=3)
     with as_training(model):
-        loss = _Loss(model, loss_fn, parameters)
+        loss = _Loss(model, loss_fn, parameters, loss_reduction)
         batches = [(take(x, part), take(y, part)) for part in slices]
         gradients = [loss.gradient(*batch) for batch in batches]
-        gram = torch.stack([_dots(gradients, gradient) for gradient in gradients])
+        steps = gradients if step is None else [step(gradient) for gradient in gradients]
+        gram = torch.stack([_dots(gradients, one) for one in steps])
         forms = gram.new_zeros(parts, parts, parts)
         for j, batch in enumerate(batches):
             others = [i for i in range(parts) if i != j]
-            vectors = [gradients[i] for i in others]
+            vectors = [steps[i] for i in others]
             for i, product in zip(others, loss.products(*batch, vectors), strict=True):
                 forms[j, others, i] = _dots(vectors, product)
-    return SplitCurvature(gram, forms, _sizes(slices))
+    return SplitCurvature(gram, forms, _sizes(slices), steps)
 
 
 class _Loss:
     """The loss of a batch as a function of some of a model's parameters."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, parameters: Sequence[Tensor] | None) -> None:
-        self._model, self._loss_fn = model, loss_fn
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        parameters: Sequence[Tensor] | None,
+        reduction: str = "mean",
+    ) -> None:
+        self._model, self._loss_fn, self._reduction = model, loss_fn, reduction
         self._function, self._values = pure_function(model, call)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         names = dict(zip(map(id, trainable), self._values, strict=True))
@@ -317,6 +333,8 @@ class _Loss:
                 "the loss does not depend on the parameters",
                 fix="Leave no detach(), item() or no_grad() between the parameters and the loss.",
             )
+        if self._reduction == "sum":
+            loss = loss / examples(x)
         return _differentiate([loss.sum()], self._leaves, None, create_graph=differentiable)
 
     def products(self, x: Any, y: Any, vectors: Sequence[Sequence[Tensor]]) -> Iterator[list[Tensor]]:

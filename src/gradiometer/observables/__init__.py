@@ -1,6 +1,7 @@
 """The observables, one file each: pure functions, then the class that connects them."""
 
 from .base import Estimate, Observable
+from .curvature_noise import NoiseCurvature
 from .fluctuation_dissipation import FluctuationDissipation, fluctuation_dissipation
 from .gradient_noise_scale import (
     GradientNoiseScale,
@@ -18,6 +19,7 @@ from .neural_tangent_kernel import (
     projection_stderr,
     relative_drift,
 )
+from .second_fluctuation_dissipation import SecondFluctuationDissipation
 
 OBSERVABLES = (NeuralTangentKernel, JacobianNorm, GradientNoiseScale, FluctuationDissipation)
 """Every observable that ships."""
@@ -40,7 +42,9 @@ __all__ = [
     "GradientNoiseScale",
     "JacobianNorm",
     "NeuralTangentKernel",
+    "NoiseCurvature",
     "Observable",
+    "SecondFluctuationDissipation",
     "default_observables",
     "empirical_ntk",
     "fluctuation_dissipation",

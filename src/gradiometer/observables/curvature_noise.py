@@ -6,12 +6,19 @@ hardly in flat ones: with the Hessian H as the metric, ``B_noise = Tr(H Sigma) /
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..estimators import Estimator, Reference, Window
+from ..records import Quantity
+from ..snapshot import Snapshot
+from .base import Estimate, Numbers, Observable
+from .gradient_noise_scale import _scale
 
 
 def curvature_of_noise(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, Tensor]:
@@ -137,3 +144,74 @@ def best_step(
     curvature = gradient_curvature + noise_curvature / batch_size
     lr = torch.where(curvature > 0, grad_sq_norm / curvature, torch.nan)
     return BestStep(lr, lr * grad_sq_norm / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseCurvature(Observable):
+    """B_noise, the curvature that the gradient noise feels, and the best learning rate for one step.
+
+    From three parts of the step's last micro-batch, each with a gradient and a Hessian of its own, so that
+    every product is one of independent parts. Needs ``Monitor(loss_fn=...)``. The loss alone: neither the
+    weight decay of the optimizer nor its momentum or preconditioner is part of it, and so it works under
+    every optimizer. Batch norm normalises within each part.
+
+    B_noise is a ratio of averages with Fieller's interval. Where the curvature along the gradient is within
+    two standard errors of zero it is not resolved: the reading is ``nan``, and its lower bound stands.
+
+    Args:
+        schedule: When it is sampled and recorded; every 100 steps by default.
+        sampling: When it is sampled in between.
+        estimator: Average over steps; the last 1,000 steps by default.
+
+    Units:
+        See ``quantities``. All are those of the mean loss.
+
+    Source:
+        B_noise and the best step: McCandlish et al. 2018, arXiv:1812.06162, section 2.2.
+
+    Shapes:
+        Scalars.
+
+    Example:
+        >>> NoiseCurvature(schedule=20, estimator=Window(500)).group
+        'noise_curvature'
+    """
+
+    group: ClassVar[str] = "noise_curvature"
+    needs: ClassVar[frozenset[str]] = frozenset({"curvature"})
+    default_estimator: ClassVar[type[Estimator]] = Window
+    restarts: ClassVar[frozenset[str]] = frozenset({"parameters"})
+    quantities: ClassVar[Mapping[str, Quantity]] = {
+        "scale": Quantity("samples", "B_noise, the batch at which noise and signal cost one step alike."),
+        "scale_lower_bound": Quantity("samples", "Lower end of the 95 % interval of B_noise."),
+        "curvature": Quantity("loss/parameter^2", "Mean curvature in the directions of the noise."),
+        "best_lr": Quantity(
+            "parameter^2/loss", "Learning rate that lowers the loss most in one step of SGD."
+        ),
+    }
+
+    def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """Noise and signal of this step, plain and weighted with the curvature."""
+        parts = snapshot.curvature
+        found = curvature_of_noise(parts.gram, parts.forms, parts.sizes)
+        numbers: dict[str, Tensor | float] = {**found, "batch_size": snapshot.batch_size, "counted": 1.0}
+        return {name: parts.counted * value for name, value in numbers.items()}
+
+    def note(self, snapshot: Snapshot) -> str:
+        """The parts, and whose loss it is."""
+        sizes = snapshot.curvature.sizes
+        return (
+            f"{len(sizes)} parts of {int(sizes.min())} or more examples, "
+            f"loss_reduction={snapshot.loss_reduction}"
+        )
+
+    def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
+        """Ratios of the averages."""
+        noise, signal = now["noise_curvature"], now["gradient_curvature"]
+        batch = float(now["batch_size"][0] / now["counted"][0])
+        best = best_step(now["grad_sq_norm"], signal, noise, batch).lr
+        return {
+            **_scale(noise, signal / now["counted"], reference.weights),
+            "curvature": Estimate(noise / now["trace"], resolved=bool(now["trace"][0] > 0)),
+            "best_lr": Estimate(best, resolved=bool(best[0] > 0)),
+        }

@@ -282,21 +282,26 @@ class FluctuationDissipation(Observable):
         level, rights = window.level[:, columns].sum(-1), window.rights[:, columns].sum(-1)
         deviation = float(end_point_deviation(window.steps, level))
         decision = self._decide(window, level, rights, deviation)
-        resolution = deviation / (float(window.steps[-1] - window.steps[0]) * float(right.flat[0]))
+        with np.errstate(divide="ignore", invalid="ignore"):  # where nothing moves both sides are 0
+            ratio = left / right
+            resolution = float(deviation / ((window.steps[-1] - window.steps[0]) * right.flat[0]))
         sides: dict[str, Floats | Estimate] = {
             "left": left,
             "right": right,
-            "ratio": Estimate(left / right, resolution),
+            "ratio": Estimate(ratio, resolution),
             "resolution": Estimate(resolution, math.nan, resolved=not math.isnan(resolution)),
             "stationary": Estimate(
                 decision.value, math.nan, resolved=not math.isnan(decision.value), note=decision.reason
             ),
         }
         if window.violation is not None:
-            sides["residual"] = window.violation[..., columns].sum(-1) / right
+            violation = window.violation[..., columns].sum(-1)
+            sides["residual"] = np.divide(violation, right, out=violation, where=right > 0)
         return {key + name: value for key, value in sides.items()}
 
     def _decide(self, window: _Window, level: Floats, rights: Floats, deviation: float) -> Decision:
+        if not rights.any():
+            return Decision(math.nan, "the weights do not move")
         if self.test == "tolerance":
             return stationary(
                 window.steps,

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .. import parallel
 from ..autodiff.factors import Plain
 from ..autodiff.functional import call, check_inputs, examples, measuring, outside_inference, take
 from ..autodiff.tape import LayerTape
@@ -89,13 +90,8 @@ def gradient_noise_scale(
     share = torch.full_like(b, 1.0 / k) if mean else b / b.sum()
     factor = torch.full_like(b, k) if mean else 1.0 / b
     whole = batch_sq_norm.double() / (1.0 if mean else b.sum().square())
-    moments = _moments(
-        sq_norms.double()[:, None] * factor.square()[:, None],
-        b,
-        share,
-        whole[None],
-    )
-    trace, signal = _solve(moments)
+    means = sq_norms.double()[:, None] * factor.square()[:, None]
+    trace, signal = _solve(_moments(means, b, share, whole[None]))
     return {"trace": trace[0], "grad_sq_norm": signal[0]}
 
 
@@ -104,7 +100,7 @@ def _moments(
 ) -> dict[str, Tensor]:
     """What is averaged: A and C of the formula, and what multiplies the trace in each.
 
-    All four are sums over parts, so that those of several processes may be averaged too.
+    All are sums over parts, so that those of several processes may be averaged too.
     """
     b, w = sizes.to(sq_norms), weights.to(sq_norms)
     return {
@@ -112,14 +108,16 @@ def _moments(
         "whole": batch_sq_norm,
         "single": (w / b).sum(),
         "batch": (w.square() / b).sum() / processes,
+        "counted": torch.ones_like(b[0]),
     }
 
 
 def _solve(now: Mapping[str, Tensor], prefix: str = "") -> tuple[Tensor, Tensor]:
     """Trace and squared gradient of each section ``[..., U]`` from averages of the moments."""
-    parts, whole, single, batch = (now[prefix + name] for name in ("parts", "whole", "single", "batch"))
-    trace = (parts - whole) / (single - batch)[..., None]
-    return trace, whole - trace * batch[..., None]
+    parts, whole = now[prefix + "parts"], now[prefix + "whole"]
+    single, batch, counted = (now[prefix + name][..., None] for name in ("single", "batch", "counted"))
+    trace = (parts - whole) / (single - batch)
+    return trace, (whole - trace * batch) / counted
 
 
 def per_example_grad_norms(
@@ -292,7 +290,6 @@ _FIELDS: Mapping[str, str] = {
     "norm layers": "norm_layer_chunks",
     "split batch": "split_chunks",
 }
-_MOMENTS = ("parts", "whole", "single", "batch", "counted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +305,9 @@ class GradientNoiseScale(Observable):
     B_simple is a ratio of averages with Fieller's interval. Where the squared gradient is within two
     standard errors of zero it is not resolved: the reading is ``nan``, and its lower bound stands.
 
+    The preconditioned readings are the same for the gradient times ``1 / (sqrt(v) + eps)``, from the state
+    before the step: what Adam makes of it. They do not depend on how layers are scaled against one another.
+
     Args:
         schedule: When it is sampled and recorded; every 50 steps by default.
         sampling: When it is sampled in between.
@@ -315,8 +315,10 @@ class GradientNoiseScale(Observable):
         source: ``"auto"``, or one of ``"per example"``, ``"norm layers"`` and ``"split batch"``. Norm
             layers alone are sampled cheaply (with ``sampling=``) and calibrated at every record against
             the source that ``"auto"`` takes.
-        cross_check: A second source, measured at the same steps; a disagreement of more than four
-            standard errors is a warning that names both.
+        cross_check: A second source, measured at recording steps. Where it covers other parameters than
+            the first, the two cannot be compared.
+        preconditioned: Whether to measure in the metric of Adam or AdamW too; with norm layers at
+            recording steps only.
 
     Units:
         See ``quantities``.
@@ -349,11 +351,15 @@ class GradientNoiseScale(Observable):
         "temperature": Quantity("loss", "Temperature of SGD's noise per parameter, mean loss."),
         "norm_layer_factor": Quantity("1", "B_simple of all parameters over that of the norm layers."),
         "source_ratio": Quantity("1", "Trace from the second source over that from the first."),
+        "preconditioned_scale": Quantity("samples", "B_simple of the gradient as Adam rescales it."),
+        "preconditioned_trace": Quantity("samples", "Trace of the covariance as Adam rescales it."),
+        "preconditioned_grad_sq_norm": Quantity("1", "Squared norm of the gradient as Adam rescales it."),
     }
 
     schedule: Schedule | int = 50
     source: Source = "auto"
     cross_check: Source | None = None
+    preconditioned: bool = False
 
     def __post_init__(self) -> None:
         """Refuse sources that do not exist."""
@@ -370,18 +376,18 @@ class GradientNoiseScale(Observable):
                 fix='Write cross_check="per example" or "split batch".',
             )
 
-    def _fields(self, recording: bool) -> dict[str, str]:
-        """Snapshot fields by the prefix of their moments."""
-        fields = {"": _FIELDS[self.source]}
-        if recording and self.source == "norm layers":
-            fields |= {"full_": "chunks"}
-        if recording and self.cross_check is not None:
-            fields |= {"check_": _FIELDS[self.cross_check]}
-        return fields
+    @property
+    def _others(self) -> dict[str, str]:
+        """Snapshot fields of the sources at recording steps only, by the prefix of their moments."""
+        fields = {"full_": _FIELDS["auto"]} if self.source == "norm layers" else {}
+        return fields | ({"check_": _FIELDS[self.cross_check]} if self.cross_check is not None else {})
 
     def required(self, recording: bool) -> frozenset[str]:
         """The parts of the batch; those that calibrate or check at recording steps only."""
-        return frozenset(self._fields(recording).values())
+        fields = {_FIELDS[self.source], *(self._others.values() if recording else ())}
+        if self.preconditioned and (recording or self.source != "norm layers"):
+            fields.add("preconditioner")
+        return frozenset(fields)
 
     def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """Moments of every source at this step, and the settings they go with."""
@@ -392,26 +398,25 @@ class GradientNoiseScale(Observable):
                 got=len(first.sq_norms),
                 fix="This step is left out; use batches of two or more examples, or accumulate.",
             )
-        statistics: dict[str, Tensor] = {}
-        for prefix, field in self._fields(recording=True).items():
-            own = self._moments_of(getattr(snapshot, field) if snapshot.has(field) else None, first)
+        statistics = _masked(first, first)
+        together = first.counted
+        for prefix, field in self._others.items():
+            chunks = getattr(snapshot, field) if snapshot.has(field) else None
+            if prefix == "check_" and chunks is not None and not comparable(first, chunks):
+                chunks = None
+            own = _masked(chunks, first)
+            together = together * own["counted"]
             statistics |= {prefix + name: value for name, value in own.items()}
-        if self.source == "norm layers":  # the same parts as the calibration's, and only where it is
-            calibrated = statistics["full_counted"]
-            statistics |= {"both_" + name: statistics[name] * calibrated for name in _MOMENTS}
+        if self._others:  # what the first source says of the steps at which there are others
+            own = _masked(first, first)
+            statistics |= {"both_" + name: value * together for name, value in own.items()}
+        if self.preconditioned:
+            field = self._others.get("full_", _FIELDS[self.source])
+            chunks = getattr(snapshot, field).preconditioned if snapshot.has(field) else None
+            own = _masked(chunks, first)
+            statistics |= {"preconditioned_" + name: value for name, value in own.items()}
         scalars = {"batch_size": float(snapshot.batch_size), **self._heat(snapshot)}
-        counted = first.counted
-        numbers = {name: counted * value for name, value in scalars.items()}
-        return {**statistics, **numbers, "parameters": counted * first.parameters.sum()}
-
-    def _moments_of(self, chunks: Chunks | None, like: Chunks) -> dict[str, Tensor]:
-        """Moments of one source; zeros where it was not measured."""
-        present = chunks or like
-        moments = _moments(
-            present.sq_norms, present.sizes, present.weights, present.batch_sq_norm, present.processes
-        )
-        counted = present.counted if chunks is not None else present.counted * 0
-        return {name: value * counted for name, value in moments.items()} | {"counted": counted}
+        return statistics | {name: first.counted * value for name, value in scalars.items()}
 
     @staticmethod
     def _heat(snapshot: Snapshot) -> dict[str, float]:
@@ -421,7 +426,8 @@ class GradientNoiseScale(Observable):
         if not alike or not all(group.is_sgd for group in snapshot.groups):
             return {}
         # a summed loss makes every gradient, and so every step, B times that of the mean loss
-        lr = first.lr * (snapshot.batch_size if snapshot.loss_reduction == "sum" else 1)
+        own_batch = snapshot.batch_size / parallel.world_size()  # processes average their gradients
+        lr = first.lr * (own_batch if snapshot.loss_reduction == "sum" else 1)
         if not snapshot.has("dataset_size"):
             return {"heat": lr / (2 * snapshot.batch_size * (1 - first.momentum))}
         replacement = snapshot.has("replacement") and snapshot.replacement
@@ -440,31 +446,34 @@ class GradientNoiseScale(Observable):
             names = sorted(chunks.skipped)
             text += f"; skipped: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
         if self.cross_check is not None:
-            text += f"; checked against: {getattr(snapshot, _FIELDS[self.cross_check]).source}"
+            other: Chunks = getattr(snapshot, _FIELDS[self.cross_check])
+            verb = "checked against" if comparable(chunks, other) else "not comparable with"
+            text += f"; {verb}: {other.source}, over {100 * other.coverage:.0f} % of parameters"
         return text
 
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
         """Ratios of the averages with their intervals, in total and per section."""
-        counted = now["counted"]
-        trace, signal = _solve(now)
-        signal = signal / counted[..., None]
-        sections = trace.shape[-1]
+        weights = reference.weights
+        source = "full_" if self.source == "norm layers" else ""
+        traces, signals = _solve(now, source)
         readings: dict[str, Tensor | Estimate] = {}
+        sections = traces.shape[-1]
         for u in range(sections) if sections > 1 else ():
-            readings |= {f"trace/{u}": trace[..., u], f"grad_sq_norm/{u}": signal[..., u]}
-            readings |= _scale(trace[..., u], signal[..., u], reference.weights, f"/{u}")
-        trace, signal = trace.sum(-1), signal.sum(-1)
-        above, below = trace, signal
-        if self.source == "norm layers":
-            trace, signal = (moment.sum(-1) for moment in _solve(now, "full_"))
-            norm_trace, norm_signal = (moment.sum(-1) for moment in _solve(now, "both_"))
-            readings["norm_layer_factor"] = (trace / signal) / (norm_trace / norm_signal)
-            above, below = above * trace * norm_signal, below * signal * norm_trace
-            signal = signal / now["full_counted"]
+            readings |= {f"trace/{u}": traces[..., u], f"grad_sq_norm/{u}": signals[..., u]}
+            own = _scale(traces[..., u], signals[..., u], weights)
+            readings |= {f"{name}/{u}": value for name, value in own.items()}
+        trace, signal = traces.sum(-1), signals.sum(-1)
         readings |= {"trace": trace, "grad_sq_norm": signal}
-        readings |= _scale(above, below, reference.weights)
-        scale = cast("Estimate", readings["scale"])
-        batch = now["batch_size"] / counted
+        above, below = trace, signal
+        if source:
+            all_trace, all_signal = (moment.sum(-1) for moment in _solve(now))
+            both_trace, both_signal = (moment.sum(-1) for moment in _solve(now, "both_"))
+            readings["norm_layer_factor"] = (trace / signal) / (both_trace / both_signal)
+            above, below = all_trace * trace * both_signal, all_signal * signal * both_trace
+        total = _scale(above, below, weights)
+        readings |= total
+        scale = total["scale"]
+        batch = now["batch_size"] / now["counted"]
         readings["critical_batch_fraction"] = Estimate(
             batch / (batch + scale.value),
             low=None if scale.high is None else float(batch[0] / (batch[0] + scale.high)),
@@ -472,28 +481,53 @@ class GradientNoiseScale(Observable):
             resolved=scale.resolved,
         )
         if "sgd_scale" in now:
-            readings["sgd_scale"] = Estimate(now["sgd_scale"] / counted, 0.0)
+            readings["sgd_scale"] = Estimate(now["sgd_scale"] / now["counted"], 0.0)
         if "heat" in now:
-            readings["temperature"] = now["heat"] / now["parameters"] * trace
+            parameters = now[source + "parameters"] / now[source + "counted"]
+            readings["temperature"] = now["heat"] / now["counted"] / parameters * trace
         if self.cross_check is not None:
-            readings["source_ratio"] = _solve(now, "check_")[0].sum(-1) / trace
+            both, check = (_solve(now, prefix)[0].sum(-1) for prefix in ("both_", "check_"))
+            readings["source_ratio"] = check / both
+        if self.preconditioned:
+            trace, signal = (moment.sum(-1) for moment in _solve(now, "preconditioned_"))
+            readings |= {"preconditioned_trace": trace, "preconditioned_grad_sq_norm": signal}
+            readings["preconditioned_scale"] = _scale(trace, signal, weights)["scale"]
         return readings
 
 
-def _scale(trace: Tensor, signal: Tensor, weights: Tensor, name: str = "") -> dict[str, Tensor | Estimate]:
+def comparable(first: Chunks, second: Chunks) -> bool:
+    """Whether two sources look at the same numbers of parameters in every section.
+
+    Args:
+        first: Parts of a batch.
+        second: Parts from another source.
+    """
+    return torch.equal(first.parameters, second.parameters)
+
+
+def _masked(chunks: Chunks | None, like: Chunks) -> dict[str, Tensor]:
+    """Moments of one source; zeros where it was not measured, or where this step must not count."""
+    held = chunks or like
+    moments = _moments(held.sq_norms, held.sizes, held.weights, held.batch_sq_norm, held.processes)
+    moments["parameters"] = held.parameters.sum()
+    counted = held.counted if chunks is not None else torch.zeros_like(held.counted)
+    return {name: value * counted for name, value in moments.items()}
+
+
+def _scale(trace: Tensor, signal: Tensor, weights: Tensor) -> dict[str, Estimate]:
     """B_simple and its lower bound; not resolved within two standard errors of no signal."""
     ratio = torch.where((signal > 0) & (trace > 0), trace / signal, torch.nan)
     rows = torch.stack([trace, signal], 1)
     covariance = jackknife_covariance(rows[0], rows[1:], weights)
-    if not covariance.groups:
-        return {f"scale{name}": Estimate(ratio, resolved=False, note="its error is not known yet")}
+    if not covariance.groups or not bool(rows.isfinite().all()):
+        return {"scale": Estimate(ratio, resolved=False, note="its error is not known yet")}
     (var_n, cov), (_, var_d) = covariance.matrix.tolist()
     above, below = rows[0].tolist()
     ends = ratio_interval(above, below, var_n, var_d, cov, t_quantile(covariance.groups))
     low, high = max(ends[0], 0.0), ends[1]
-    if float(signal[0]) < 2 * var_d**0.5:
+    if below < 2 * var_d**0.5:
         note = f"not resolved, at least {low:.3g}"
         scale = Estimate(ratio * math.nan, low=low, high=high, resolved=False, note=note)
     else:
         scale = Estimate(ratio, low=low, high=high)
-    return {f"scale{name}": scale, f"scale_lower_bound{name}": Estimate(low, math.nan)}
+    return {"scale": scale, "scale_lower_bound": Estimate(low, math.nan)}

@@ -8,15 +8,22 @@ a function of the learning rate how harmonic it is over the whole stationary dis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
+from ..estimators import Estimator, HalfRun, Reference
+from ..records import Quantity
+from ..snapshot import Snapshot
+from .base import Estimate, Numbers, Observable
+from .curvature_noise import curvature_of_noise
 
 Array = npt.NDArray[np.float64]
 
@@ -310,3 +317,139 @@ def shuffling_factor(curvature_times_lr: float, steps_per_epoch: int) -> float:
     start = S[-1] / (1 - a ** (2 * M))
     shuffled = np.mean(a ** (2 * k - 2.0) * start + np.append(0, S[:-1]))
     return float(shuffled * (1 - a**2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondFluctuationDissipation(Observable):
+    r"""Both sides of FDR2 for one step of ``torch.optim.SGD``, over the second half of the run.
+
+    With the step u that the optimizer subtracts, and f the mean loss and the L2 term,
+
+    .. math::
+        \text{left} = \langle u\cdot\nabla f\rangle, \qquad
+        \text{right} = \tfrac12\,\langle u^T\,\nabla^2 f\; u\rangle
+
+    what a step gains along the gradient, and what it loses to the curvature: ``lr`` times the two sides of
+    ``second_fluctuation_dissipation``. In this form groups with settings of their own add up, and the
+    Hessian may couple them. Both sides come from three parts of the step's last micro-batch: with the steps
+    :math:`u_i` that torch would make of each part's gradient, momentum, Nesterov and L2 included, left is
+    the mean of :math:`u_i\cdot\nabla f_l` and right follows from :math:`u_i^T\nabla^2 f_j\,u_l` of distinct
+    parts and, for the noise, of i = l, scaled from a part to the whole batch. Needs
+    ``Monitor(loss_fn=...)``; a summed loss is read as the mean loss at as many times the learning rate.
+
+    The relation takes the gradient's mean at given weights for the gradient of the loss, which only batches
+    drawn independently of each other have. It is not that of clipped steps, and batch norm, which normalises
+    within each part, makes f the loss of batches of that size.
+
+    Args:
+        schedule: When it is sampled and recorded; every 100 steps by default.
+        sampling: When it is sampled in between. The left side scatters: its error falls with the number of
+            samples.
+        estimator: Average over steps; Yaida's half-running average by default.
+        allow_shuffled: Also measure where batches are drawn without replacement. Soft directions are colder
+            there, and the left side falls short of the right.
+
+    Units:
+        Loss; the ratio has none.
+
+    Source:
+        Yaida 2018, arXiv:1810.00004, the relation FDR2 and its form with momentum; Nesterov, L2 and the
+        estimator from distinct parts are derived here. Shuffling: arXiv:2306.05300.
+
+    Shapes:
+        Scalars.
+
+    Example:
+        >>> SecondFluctuationDissipation(schedule=200, sampling=20).samples(40)
+        True
+    """
+
+    group: ClassVar[str] = "fdr2"
+    needs: ClassVar[frozenset[str]] = frozenset({"step_curvature"})
+    default_estimator: ClassVar[type[Estimator]] = HalfRun
+    restarts: ClassVar[frozenset[str]] = frozenset({"settings", "parameters"})
+    quantities: ClassVar[Mapping[str, Quantity]] = {
+        "left": Quantity("loss", "Left side, what one step gains along the gradient."),
+        "right": Quantity("loss", "Right side, what one step loses to the curvature."),
+        "ratio": Quantity("1", "Left over right: 1 at a stationary state of a harmonic loss."),
+        "curvature": Quantity(
+            "loss/parameter^2", "Mean curvature in the directions of the noise, L2 included."
+        ),
+        "shuffling": Quantity("1", "How much colder shuffled epochs leave a direction of that curvature."),
+    }
+
+    allow_shuffled: bool = False
+
+    def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """Both sides at this step, and what the curvature under the noise is made of."""
+        if _shuffled(snapshot) and not self.allow_shuffled:
+            raise UnsupportedError(
+                "the second fluctuation-dissipation relation needs batches drawn independently of each "
+                "other, and these are drawn without replacement",
+                fix="Draw with RandomSampler(dataset, replacement=True), or write allow_shuffled=True.",
+            )
+        parts = snapshot.step_curvature
+        found = curvature_of_noise(parts.gram, parts.forms, parts.sizes)
+        steps = curvature_of_noise(parts.step_gram, parts.forms, parts.sizes)
+        noise = found["noise_curvature"]
+        numbers: dict[str, Tensor | float] = {
+            "left": found["grad_sq_norm"],
+            "right": (found["gradient_curvature"] + parts.noise_share * noise) / 2,
+            "noise_curvature": noise,
+            "noise": found["trace"],
+            "step_noise": steps["trace"],
+            **_epoch(snapshot),
+            "counted": 1.0,
+        }
+        return {name: parts.counted * value for name, value in numbers.items()}
+
+    def note(self, snapshot: Snapshot) -> str:
+        """How batches are drawn."""
+        if not snapshot.has("replacement"):
+            return "holds only for batches drawn with replacement, and how these are drawn is not known"
+        if snapshot.replacement:
+            return "batches drawn with replacement"
+        return "batches drawn without replacement: soft directions are colder than the relation takes them"
+
+    def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
+        """Both sides and their ratio, the curvature, and what shuffling makes of it."""
+        del reference
+        left, right = now["left"], now["right"]
+        noise, resolved = now["noise_curvature"], bool(right[0] > 0)
+        readings: dict[str, Tensor | Estimate] = {
+            "left": left / now["counted"],
+            "right": right / now["counted"],
+            "curvature": Estimate(noise / now["step_noise"], resolved=bool(now["step_noise"][0] > 0)),
+        }
+        note = ""
+        if "per_rate" in now:
+            counted = float(now["counted"][0])
+            rate = float(noise[0] / now["noise"][0] * now["per_rate"][0]) / counted
+            epoch = float(now["steps_per_epoch"][0]) / counted
+            note = f"M = {epoch:.4g} steps per epoch, eta h_eff M / (1 - mu) = {rate * epoch:.3g}"
+            if "shuffled" in now and 0 < rate < 2 and round(epoch) > 1:
+                readings["shuffling"] = Estimate(shuffling_factor(rate, round(epoch)), math.nan)
+        ratio = torch.where(right > 0, left / right, torch.nan)
+        return {**readings, "ratio": Estimate(ratio, resolved=resolved, note=note)}
+
+
+def _shuffled(snapshot: Snapshot) -> bool:
+    """Whether batches are known to be drawn without replacement."""
+    return snapshot.has("replacement") and not snapshot.replacement
+
+
+def _epoch(snapshot: Snapshot) -> dict[str, float]:
+    """What compares the curvature under the noise with an epoch; nothing where groups move differently.
+
+    A step has ``eta alpha h`` for its noise-weighted curvature, and a direction relaxes at the rate
+    ``eta (1 - nu) h / (1 - mu)`` per step.
+    """
+    first = snapshot.groups[0]
+    forms = {(group.momentum, group.nesterov) for group in snapshot.groups}
+    if len(forms) > 1 or not snapshot.has("dataset_size"):
+        return {}
+    numbers = {
+        "per_rate": 1 / ((1 - first.momentum) * (1 + first.momentum * first.nesterov)),
+        "steps_per_epoch": snapshot.dataset_size / snapshot.batch_size,
+    }
+    return numbers | ({"shuffled": 1.0} if _shuffled(snapshot) else {})
