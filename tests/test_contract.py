@@ -16,7 +16,7 @@ import gradiometer
 from gradiometer import MemoryRecorder, Monitor, Observable, Snapshot
 from gradiometer.collect import COLLECTORS
 from gradiometer.errors import MissingFieldError
-from gradiometer.observables import OBSERVABLES, default_observables
+from gradiometer.observables import DEFAULT_OBSERVABLES, OBSERVABLES, default_observables
 from gradiometer.schedules import Schedule
 
 ROOT = Path(__file__).parents[1]
@@ -73,9 +73,12 @@ def test_every_reading_has_a_row_in_the_docs(kind):
 
 def test_functions_of_the_public_table_are_the_expected_ones():
     assert FUNCTIONS == [
+        "best_step",
+        "curvature_of_noise",
         "empirical_ntk",
         "fluctuation_dissipation",
         "gradient_noise_scale",
+        "harmonicity",
         "jacobian_norms",
         "jacobian_singular_values",
         "kernel_alignment",
@@ -84,7 +87,9 @@ def test_functions_of_the_public_table_are_the_expected_ones():
         "per_example_grad_norms",
         "projection_stderr",
         "relative_drift",
+        "second_fluctuation_dissipation",
         "sgd_noise_scale",
+        "shuffling_factor",
     ]
 
 
@@ -126,7 +131,7 @@ def test_observables_are_frozen_values_without_state(kind):
         assert observable.required(recording) <= known
     with pytest.raises(dataclasses.FrozenInstanceError):
         observable.schedule = 3
-    assert len({o.group for o in default_observables()}) == len(OBSERVABLES)
+    assert len({o.group for o in default_observables()}) == len(DEFAULT_OBSERVABLES)
 
 
 def network():
@@ -142,7 +147,13 @@ def run(kind, steps=12, state=None, first=0):
     observable = kind(schedule=2, **arguments)
     before = dict(vars(observable))
     with Monitor(
-        model, optimizer, [observable], recorders=[memory], dataset_size=100, on_error="raise"
+        model,
+        optimizer,
+        [observable],
+        recorders=[memory],
+        dataset_size=100,
+        loss_fn=F.cross_entropy,
+        on_error="raise",
     ) as monitor:
         if state is not None:
             monitor.load_state_dict(state)
@@ -166,7 +177,8 @@ def test_readings_are_finite_and_only_those_declared(kind):
     latest = {key: r for key, r in memory.latest().items() if key.split("/")[1] == kind.group}
     names = {key.split("/")[2] for key in latest}
     # outputs="full", verify=True, source="norm layers", cross_check=
-    optional = {"off_diagonal", "residual", "norm_layer_factor", "source_ratio"}
+    optional = {"off_diagonal", "residual", "norm_layer_factor", "source_ratio", "shuffling"}
+    optional |= {"preconditioned_scale", "preconditioned_trace", "preconditioned_grad_sq_norm"}
     assert names == set(kind.quantities) - optional
     for key, reading in latest.items():
         if isinstance(reading.value, float):
@@ -198,6 +210,8 @@ def test_the_estimators_state_survives_saving_and_loading(kind):
 NEEDS = {
     "probe": r"Monitor\(probe=\.\.\.\) or the first call of monitor\.micro_batch",
     "chunks": r"monitor\.micro_batch\(x, y\) around each forward and backward",
+    "curvature": r"Monitor\(loss_fn=\.\.\.\)",
+    "step_curvature": r"Monitor\(loss_fn=\.\.\.\)",
     "update": r"monitor\.before_step\(\) before the optimizer's step",
     "weights": r"the optimizer's step itself",
 }

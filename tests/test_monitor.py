@@ -138,7 +138,9 @@ def test_samples_between_recordings_are_averaged():
     assert memory.series("dynamics/seen/samples") == [(0, 1.0), (5, 4.0), (10, 7.0)]
 
 
-OPTIONAL = {"off_diagonal", "norm_layer_factor", "source_ratio"}  # not in the default observables
+# not read by the default observables
+OPTIONAL = {"off_diagonal", "norm_layer_factor", "source_ratio"}
+OPTIONAL |= {"preconditioned_scale", "preconditioned_trace", "preconditioned_grad_sq_norm"}
 
 
 def test_every_default_reading_becomes_finite():

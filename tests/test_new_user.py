@@ -141,8 +141,9 @@ def test_a_micro_batch_without_a_backward_is_no_part():
             torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
         )
     difference = gradients[0] - gradients[1]
-    # two parts of two examples: S = b |g_1 - g_2|^2 / 2, on the scale of the sum the optimizer sees
-    assert run(given_up=2) == pytest.approx(2 * 4 * (difference / 2).square().sum().item() * 2, rel=1e-10)
+    # two parts of two examples: S = b |g_1 - g_2|^2 / 2; a loss is taken to be divided by the three that
+    # were begun, so that each part's own gradient is three times what it adds
+    assert run(given_up=2) == pytest.approx(9 * difference.square().sum().item(), rel=1e-10)
 
 
 def test_parameters_that_the_optimizer_does_not_hold_are_left_out():

@@ -37,11 +37,14 @@ _WHERE = {
     "TensorBoardRecorder": "recorders",
     "Window": "estimators",
     "at": "schedules",
+    "best_step": "observables",
+    "curvature_of_noise": "observables",
     "default_observables": "observables",
     "empirical_ntk": "observables",
     "every": "schedules",
     "fluctuation_dissipation": "observables",
     "gradient_noise_scale": "observables",
+    "harmonicity": "observables",
     "jacobian_norms": "observables",
     "jacobian_singular_values": "observables",
     "kernel_alignment": "observables",
@@ -52,7 +55,9 @@ _WHERE = {
     "projection_stderr": "observables",
     "read_json_lines": "recorders",
     "relative_drift": "observables",
+    "second_fluctuation_dissipation": "observables",
     "sgd_noise_scale": "observables",
+    "shuffling_factor": "observables",
 }
 
 if TYPE_CHECKING:
@@ -72,10 +77,13 @@ if TYPE_CHECKING:
     from .observables import NoiseCurvature as NoiseCurvature
     from .observables import Observable as Observable
     from .observables import SecondFluctuationDissipation as SecondFluctuationDissipation
+    from .observables import best_step as best_step
+    from .observables import curvature_of_noise as curvature_of_noise
     from .observables import default_observables as default_observables
     from .observables import empirical_ntk as empirical_ntk
     from .observables import fluctuation_dissipation as fluctuation_dissipation
     from .observables import gradient_noise_scale as gradient_noise_scale
+    from .observables import harmonicity as harmonicity
     from .observables import jacobian_norms as jacobian_norms
     from .observables import jacobian_singular_values as jacobian_singular_values
     from .observables import kernel_alignment as kernel_alignment
@@ -84,7 +92,9 @@ if TYPE_CHECKING:
     from .observables import per_example_grad_norms as per_example_grad_norms
     from .observables import projection_stderr as projection_stderr
     from .observables import relative_drift as relative_drift
+    from .observables import second_fluctuation_dissipation as second_fluctuation_dissipation
     from .observables import sgd_noise_scale as sgd_noise_scale
+    from .observables import shuffling_factor as shuffling_factor
     from .recorders import JSONLinesRecorder as JSONLinesRecorder
     from .recorders import MemoryRecorder as MemoryRecorder
     from .recorders import Recorder as Recorder

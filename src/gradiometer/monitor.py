@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from time import perf_counter
 from typing import Any, Literal, cast
 
@@ -833,7 +833,10 @@ class Monitor:
             "probe": probe,
             "scale_invariant": self._invariant,
             "settings": self._settings.state_dict(),
-            "centre": self._centre(),
+            "sections": [astuple(section) for section in self._run.sections.sections],
+            "centre": {
+                i: self._run.centre[p] for i, p in enumerate(self._parameters()) if p in self._run.centre
+            },
             "observables": {
                 slot.name: {
                     "estimator": slot.estimator.state_dict(),
@@ -848,10 +851,9 @@ class Monitor:
             },
         }
 
-    def _centre(self) -> dict[str, Tensor]:
-        """The weights at the window's first record by name, where they are kept."""
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        return {names[id(p)]: centre for p, centre in self._run.centre.items() if id(p) in names}
+    def _parameters(self) -> list[Tensor]:
+        """What the optimizer holds, in its own order."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
@@ -874,9 +876,10 @@ class Monitor:
         self._settings.load_state_dict(state["settings"])
         self._invariant = state["scale_invariant"]
         self._run.sections = self._sections()
-        names = dict(self.model.named_parameters())
-        centres = {names[name]: centre for name, centre in state["centre"].items() if name in names}
-        self._run.centre = {p: centre.to(p.device) for p, centre in centres.items()}
+        centre = state["centre"]
+        self._run.centre = {
+            p: centre[i].to(p.device) for i, p in enumerate(self._parameters()) if i in centre
+        }
         if state["probe"] is not None and self._probe_is_given:
             self._warn(
                 "the probe given to Monitor is used, not the one in the checkpoint: kernels before "
@@ -896,6 +899,8 @@ class Monitor:
             slot.estimator.load_state_dict(own["estimator"])
             slot.stretch, slot.seen, slot.owed = own["stretch"], own["seen"], own["owed"]
             slot.skips, slot.failures, slot.retired = own["skips"], own["failures"], own["retired"]
+        if [astuple(section) for section in self._run.sections.sections] != state["sections"]:
+            self._restart("parameters")
         if saved:
             self._warn(f"the checkpoint also holds {sorted(saved)}, which this monitor does not measure.")
 

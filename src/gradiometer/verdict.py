@@ -92,6 +92,8 @@ def _scale(reading: Reading, others: Mapping[str, Reading]) -> str:
     if not reading.resolved:
         known = f" at least {reading.low:.3g}" if math.isfinite(reading.low) else ""
         return f"not resolved,{known}: the gradient is below its own noise; average longer."
+    if "of the data set" in reading.note:
+        return "about as large as the data set: the noise of the whole set is all that can be seen of it."
     key = reading.key.replace("/noise/scale", "/noise/critical_batch_fraction")
     fraction = _value(others[key]) if key in others else math.nan
     if fraction < SMALL_BATCH:

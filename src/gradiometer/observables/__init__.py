@@ -1,7 +1,7 @@
 """The observables, one file each: pure functions, then the class that connects them."""
 
 from .base import Estimate, Observable
-from .curvature_noise import NoiseCurvature
+from .curvature_noise import NoiseCurvature, best_step, curvature_of_noise
 from .fluctuation_dissipation import FluctuationDissipation, fluctuation_dissipation
 from .gradient_noise_scale import (
     GradientNoiseScale,
@@ -19,23 +19,31 @@ from .neural_tangent_kernel import (
     projection_stderr,
     relative_drift,
 )
-from .second_fluctuation_dissipation import SecondFluctuationDissipation
+from .second_fluctuation_dissipation import (
+    SecondFluctuationDissipation,
+    harmonicity,
+    second_fluctuation_dissipation,
+    shuffling_factor,
+)
 
-OBSERVABLES = (NeuralTangentKernel, JacobianNorm, GradientNoiseScale, FluctuationDissipation)
+DEFAULT_OBSERVABLES = (NeuralTangentKernel, JacobianNorm, GradientNoiseScale, FluctuationDissipation)
+"""The default set."""
+OBSERVABLES = (*DEFAULT_OBSERVABLES, NoiseCurvature, SecondFluctuationDissipation)
 """Every observable that ships."""
 
 
 def default_observables() -> tuple[Observable, ...]:
-    """The default set: every observable at its default cadence.
+    """The default set, each at its default cadence.
 
     Example:
         >>> [observable.group for observable in default_observables()]
         ['ntk', 'jacobian', 'noise', 'fdr']
     """
-    return tuple(observable() for observable in OBSERVABLES)
+    return tuple(observable() for observable in DEFAULT_OBSERVABLES)
 
 
 __all__ = [
+    "DEFAULT_OBSERVABLES",
     "OBSERVABLES",
     "Estimate",
     "FluctuationDissipation",
@@ -45,10 +53,13 @@ __all__ = [
     "NoiseCurvature",
     "Observable",
     "SecondFluctuationDissipation",
+    "best_step",
+    "curvature_of_noise",
     "default_observables",
     "empirical_ntk",
     "fluctuation_dissipation",
     "gradient_noise_scale",
+    "harmonicity",
     "jacobian_norms",
     "jacobian_singular_values",
     "kernel_alignment",
@@ -57,5 +68,7 @@ __all__ = [
     "per_example_grad_norms",
     "projection_stderr",
     "relative_drift",
+    "second_fluctuation_dissipation",
     "sgd_noise_scale",
+    "shuffling_factor",
 ]

@@ -18,7 +18,7 @@ from ..estimators import Estimator, Reference, Window
 from ..records import Quantity
 from ..snapshot import Snapshot
 from .base import Estimate, Numbers, Observable
-from .gradient_noise_scale import _scale
+from .gradient_noise_scale import resolved_scale
 
 
 def curvature_of_noise(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, Tensor]:
@@ -211,7 +211,7 @@ class NoiseCurvature(Observable):
         batch = float(now["batch_size"][0] / now["counted"][0])
         best = best_step(now["grad_sq_norm"], signal, noise, batch).lr
         return {
-            **_scale(noise, signal / now["counted"], reference.weights),
+            **resolved_scale(noise, signal / now["counted"], reference.weights),
             "curvature": Estimate(noise / now["trace"], resolved=bool(now["trace"][0] > 0)),
             "best_lr": Estimate(best, resolved=bool(best[0] > 0)),
         }

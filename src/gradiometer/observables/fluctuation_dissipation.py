@@ -246,7 +246,7 @@ class FluctuationDissipation(Observable):
                     for g in snapshot.section_settings
                 ],
                 dtype=torch.float64,
-            ),
+            ).reshape(-1, 6),  # also where nothing is trained for now
         }
 
     def note(self, snapshot: Snapshot) -> str:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .. import parallel
 from ..autodiff.factors import Plain
 from ..autodiff.functional import call, check_inputs, examples, measuring, outside_inference, take
 from ..autodiff.tape import LayerTape
 from ..errors import InputError, SampleSkippedError, UnsupportedError
 from ..estimators import Estimator, Reference, Window
 from ..linalg import accumulation_dtype
+from ..parallel import world_size
 from ..records import Quantity
 from ..schedules import Schedule
 from ..snapshot import Chunks, Snapshot
@@ -283,6 +283,9 @@ def sgd_noise_scale(
     return lr * ratio / (2.0 * (1.0 - momentum))
 
 
+NEAR = 0.5
+"""B_simple above this share of the data set is said to be near it."""
+
 Source = Literal["auto", "per example", "norm layers", "split batch"]
 _FIELDS: Mapping[str, str] = {
     "auto": "chunks",
@@ -416,6 +419,8 @@ class GradientNoiseScale(Observable):
             own = _masked(chunks, first)
             statistics |= {"preconditioned_" + name: value for name, value in own.items()}
         scalars = {"batch_size": float(snapshot.batch_size), **self._heat(snapshot)}
+        if snapshot.has("dataset_size"):
+            scalars["dataset_size"] = float(snapshot.dataset_size)
         return statistics | {name: first.counted * value for name, value in scalars.items()}
 
     @staticmethod
@@ -426,7 +431,7 @@ class GradientNoiseScale(Observable):
         if not alike or not all(group.is_sgd for group in snapshot.groups):
             return {}
         # a summed loss makes every gradient, and so every step, B times that of the mean loss
-        own_batch = snapshot.batch_size / parallel.world_size()  # processes average their gradients
+        own_batch = snapshot.batch_size / world_size()  # processes average their gradients
         lr = first.lr * (own_batch if snapshot.loss_reduction == "sum" else 1)
         if not snapshot.has("dataset_size"):
             return {"heat": lr / (2 * snapshot.batch_size * (1 - first.momentum))}
@@ -445,6 +450,10 @@ class GradientNoiseScale(Observable):
         if chunks.skipped:
             names = sorted(chunks.skipped)
             text += f"; skipped: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+        if snapshot.has("replacement") and not snapshot.replacement:
+            text += "; batches are drawn without replacement"
+            if snapshot.has("dataset_size"):
+                text += f", {snapshot.dataset_size / snapshot.batch_size:.3g} per epoch"
         if self.cross_check is not None:
             other: Chunks = getattr(snapshot, _FIELDS[self.cross_check])
             verb = "checked against" if comparable(chunks, other) else "not comparable with"
@@ -460,7 +469,7 @@ class GradientNoiseScale(Observable):
         sections = traces.shape[-1]
         for u in range(sections) if sections > 1 else ():
             readings |= {f"trace/{u}": traces[..., u], f"grad_sq_norm/{u}": signals[..., u]}
-            own = _scale(traces[..., u], signals[..., u], weights)
+            own = resolved_scale(traces[..., u], signals[..., u], weights)
             readings |= {f"{name}/{u}": value for name, value in own.items()}
         trace, signal = traces.sum(-1), signals.sum(-1)
         readings |= {"trace": trace, "grad_sq_norm": signal}
@@ -470,9 +479,11 @@ class GradientNoiseScale(Observable):
             both_trace, both_signal = (moment.sum(-1) for moment in _solve(now, "both_"))
             readings["norm_layer_factor"] = (trace / signal) / (both_trace / both_signal)
             above, below = all_trace * trace * both_signal, all_signal * signal * both_trace
-        total = _scale(above, below, weights)
-        readings |= total
+        total = resolved_scale(above, below, weights)
         scale = total["scale"]
+        if "dataset_size" in now:
+            scale = _beside(scale, float((now["dataset_size"] / now["counted"])[0]))
+        readings |= {**total, "scale": scale}
         batch = now["batch_size"] / now["counted"]
         readings["critical_batch_fraction"] = Estimate(
             batch / (batch + scale.value),
@@ -491,7 +502,7 @@ class GradientNoiseScale(Observable):
         if self.preconditioned:
             trace, signal = (moment.sum(-1) for moment in _solve(now, "preconditioned_"))
             readings |= {"preconditioned_trace": trace, "preconditioned_grad_sq_norm": signal}
-            readings["preconditioned_scale"] = _scale(trace, signal, weights)["scale"]
+            readings["preconditioned_scale"] = resolved_scale(trace, signal, weights)["scale"]
         return readings
 
 
@@ -514,8 +525,27 @@ def _masked(chunks: Chunks | None, like: Chunks) -> dict[str, Tensor]:
     return {name: value * counted for name, value in moments.items()}
 
 
-def _scale(trace: Tensor, signal: Tensor, weights: Tensor) -> dict[str, Estimate]:
-    """B_simple and its lower bound; not resolved within two standard errors of no signal."""
+def _beside(scale: Estimate, dataset_size: float) -> Estimate:
+    """The scale, with a word where it comes near the number of examples there are."""
+    value = float(scale.value[0])
+    known = scale.low if math.isnan(value) else value
+    if known is None or not known > NEAR * dataset_size:
+        return scale
+    beside = f"near the {dataset_size:.0f} examples of the data set, beyond which it cannot be measured"
+    return scale._replace(note="; ".join(filter(None, (scale.note, beside))))
+
+
+def resolved_scale(trace: Tensor, signal: Tensor, weights: Tensor) -> dict[str, Estimate]:
+    """Noise over signal and its lower bound; not resolved within two standard errors of no signal.
+
+    Args:
+        trace: Average of the noise and its replicates.
+        signal: Average of the signal and its replicates.
+        weights: Samples in each block that a replicate leaves out.
+
+    Shapes:
+        trace and signal ``[1 + g]``, weights ``[g]``.
+    """
     ratio = torch.where((signal > 0) & (trace > 0), trace / signal, torch.nan)
     rows = torch.stack([trace, signal], 1)
     covariance = jackknife_covariance(rows[0], rows[1:], weights)
@@ -524,7 +554,7 @@ def _scale(trace: Tensor, signal: Tensor, weights: Tensor) -> dict[str, Estimate
     (var_n, cov), (_, var_d) = covariance.matrix.tolist()
     above, below = rows[0].tolist()
     ends = ratio_interval(above, below, var_n, var_d, cov, t_quantile(covariance.groups))
-    low, high = max(ends[0], 0.0), ends[1]
+    low, high = (max(ends[0], 0.0), ends[1]) if ends[1] > 0 else (0.0, math.inf)
     if below < 2 * var_d**0.5:
         note = f"not resolved, at least {low:.3g}"
         scale = Estimate(ratio * math.nan, low=low, high=high, resolved=False, note=note)

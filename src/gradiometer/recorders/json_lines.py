@@ -71,7 +71,8 @@ def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
         path: A file written by :class:`JSONLinesRecorder`.
 
     Yields:
-        ``{"step": ..., "readings": {key: {"value", "stderr", "low", "high", "resolved", "unit", "sentence", "note"}}}``.
+        ``{"step": ..., "readings": {key: {"value", "stderr", "low", "high", "resolved", "unit",
+        "sentence", "note"}}}``.
 
     Raises:
         InputError: If the file is something else or of a newer version.

@@ -98,6 +98,7 @@ def custom_scalars_layout(prefix: str = "dynamics") -> dict[str, dict[str, list[
         "SGD temperature": ["noise/temperature"],
         "fluctuation and dissipation": ["fdr/left", "fdr/right"],
         "stationary? (fdr ratio)": ["fdr/ratio"],
+        "stationary: 1, not: 0": ["fdr/stationary"],
         "cost": ["cost/fraction"],
     }
     losses = {"losses": ["Multiline", [".*loss$"]]}
