@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -112,14 +113,24 @@ def interleaved(runs: Mapping[str, tuple[Callable[[], Any], int]]) -> dict[str, 
 
 
 class Loop:
-    """A user's training loop, one step at a time."""
+    """A user's training loop, one step at a time, its batch in so many micro-batches.
+
+    ``wrap`` turns the model into what is called: ``DistributedDataParallel`` on several processes.
+    """
 
     def __init__(
-        self, case: Case, observables: list[Observable] | None = None, *, plain: bool = False
+        self,
+        case: Case,
+        observables: list[Observable] | None = None,
+        *,
+        plain: bool = False,
+        parts: int = 1,
+        wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     ) -> None:
         torch.manual_seed(0)
-        self.case = case
+        self.case, self.parts = case, parts
         self.model = case.make_model().train()
+        self.called = wrap(self.model)
         self.optimizer = case.make_optimizer(self.model)
         self.data = batches(case)
         self.monitor = None
@@ -129,12 +140,11 @@ class Loop:
             )
 
     def step(self) -> None:
-        x, y = next(self.data)
-        if self.monitor is None:
-            self.case.loss(self.model(x), y).backward()
-        else:
-            with self.monitor.micro_batch(x, y):
-                self.case.loss(self.model(x), y).backward()
+        batch = next(self.data)
+        for x, y in zip(*(each.chunk(self.parts) for each in batch), strict=True):
+            with self.monitor.micro_batch(x, y) if self.monitor else nullcontext():
+                (self.case.loss(self.called(x), y) / self.parts).backward()
+        if self.monitor is not None:
             self.monitor.before_step()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -152,9 +162,9 @@ def in_turn(plain: Loop, measured: Loop, count: int) -> list[tuple[float, float]
     return pairs
 
 
-def cost_in_steps(case: Case, observable: Observable, repeats: int) -> float:
+def cost_in_steps(case: Case, observable: Observable, repeats: int, **loop: Any) -> float:
     """Median extra time of a step on which the observable is due, over the median plain step."""
-    plain, measured = Loop(case, plain=True), Loop(case, [observable])
+    plain, measured = Loop(case, plain=True, **loop), Loop(case, [observable], **loop)
     for loop in (plain, measured, plain, measured):
         loop.step()
     pairs = in_turn(plain, measured, repeats)

@@ -4,20 +4,26 @@
 
 For three models: each observable's median cost at a sampling and at a recording step, its share at the
 default cadence, the default set's share (sum of median cost x cadence), and beside it whole loops with
-and without the default set, raw and under Lightning. Steps with and without measuring alternate, so a
-machine that changes its speed changes both.
+and without the default set, raw and under Lightning; then the fluctuation-dissipation relation sampled at
+every step, and the noise scale from two micro-batches and from two processes. Steps with and without
+measuring alternate, so a machine that changes its speed changes both.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import subprocess
+import sys
+import tempfile
 import warnings
 from typing import Any
 
 import lightning as L
 import torch
 from common import Case, Loop, cases, cost_in_steps, in_turn, keep, timed
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradiometer import (
@@ -95,7 +101,28 @@ def whole_lightning(case: Case, steps: int) -> float:
     return 2 * measured / (before + after) - 1
 
 
-def measure(case: Case, quick: bool) -> dict[str, Any]:
+def on_two_processes(case: Case, optimizer: str, repeats: int) -> float:
+    """Cost of a record of the noise scale from two processes of one thread each, in their own steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--rank-of", case.name, optimizer, str(repeats)]
+        alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+        runs = [
+            subprocess.Popen([*command, str(rank), f"{folder}/meeting"], env=alone, stdout=subprocess.PIPE)
+            for rank in (0, 1)
+        ]
+        outputs = [run.communicate()[0] for run in runs]
+    return float(outputs[0].decode().split()[-1])
+
+
+def one_rank(name: str, optimizer: str, repeats: str, rank: str, meeting: str) -> None:
+    """What each of the two processes does; both make the same steps at the same time."""
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=int(rank), world_size=2)
+    case = next(each for each in cases(optimizer) if each.name == name)
+    print(cost_in_steps(case, GradientNoiseScale(schedule=1), int(repeats), wrap=DistributedDataParallel))
+    torch.distributed.destroy_process_group()
+
+
+def measure(case: Case, optimizer: str, quick: bool) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     total = 0.0
     defaults = [NeuralTangentKernel(), JacobianNorm(), GradientNoiseScale(), FluctuationDissipation()]
@@ -109,10 +136,20 @@ def measure(case: Case, quick: bool) -> dict[str, Any]:
         rows[observable.group] = {**row, "share": share}
         total += share
     idle = cost_in_steps(case, FluctuationDissipation(schedule=NEVER, sampling=NEVER), 20 if quick else 200)
+    fdr = rows["fdr"]
+    every_step = fdr["sample"] * (1 - 1 / 50) + fdr["record"] / 50
+    noise = GradientNoiseScale(schedule=1)
+    few = 10 if quick else 100
+    sources = {
+        "micro_batches": cost_in_steps(case, noise, few, parts=2) / 50,
+        "processes": on_two_processes(case, optimizer, few) / 50,
+    }
     raw_steps, lightning_steps = (100, 100) if quick else (2000, case.lightning_steps)
     return {
         "observables": rows,
         "idle": idle,
+        "fdr_every_step": every_step,
+        **sources,
         "default_share": total + idle,
         "whole_loop_steps": raw_steps,
         "whole_loop": whole_loop(case, raw_steps),
@@ -124,8 +161,40 @@ def measure(case: Case, quick: bool) -> dict[str, Any]:
 GROUPS = ("ntk", "jacobian", "noise", "fdr")
 
 
+FDR_TARGETS = {"sgd": 0.01, "adamw": 0.02}
+EVERY_STEP_TARGETS = {"mlp": 0.06, "convnet": 0.02, "transformer": 0.02}
+SOURCE_TARGET = 0.03
+
+
+def against(share: float, target: float) -> str:
+    """A share of the loop beside the most it should be."""
+    verdict = "met" if share <= target else "**missed**"
+    return f"{100 * share:.2f} % ({100 * target:.0f} %: {verdict})"
+
+
 def markdown(results: dict[str, Any]) -> str:
-    """The table of the README: one row per model and optimizer."""
+    """The tables of the README: one row per model and optimizer."""
+    return f"{costs(results)}\n\n{targets(results)}"
+
+
+def targets(results: dict[str, Any]) -> str:
+    """Shares of the loop against their targets."""
+    head = ["model", "optimizer", "fdr", "fdr at every step", "noise, 2 micro-batches", "noise, 2 processes"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for optimizer, models in results.items():
+        for name, result in models.items():
+            cells = [
+                against(result["observables"]["fdr"]["share"], FDR_TARGETS[optimizer]),
+                against(result["fdr_every_step"], EVERY_STEP_TARGETS[name]),
+                against(result["micro_batches"], SOURCE_TARGET),
+                against(result["processes"], SOURCE_TARGET),
+            ]
+            lines.append("| " + " | ".join([name, optimizer, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def costs(results: dict[str, Any]) -> str:
+    """Cost of one record of each observable, and shares of the whole."""
     head = ["model", "optimizer", *GROUPS, "nothing due", "default set", "whole loop", "in Lightning"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for optimizer, models in results.items():
@@ -144,13 +213,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repeats, for the tests; nothing is saved")
     parser.add_argument("--models", nargs="*", default=None, help="measure these, keep the other saved rows")
+    parser.add_argument("--rank-of", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.rank_of:
+        one_rank(*options.rank_of)
+        return
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     results: dict[str, Any] = {}
     for optimizer in ("sgd", "adamw"):
         results[optimizer] = {
-            case.name: measure(case, options.quick)
+            case.name: measure(case, optimizer, options.quick)
             for case in cases(optimizer)
             if options.models is None or case.name in options.models
         }

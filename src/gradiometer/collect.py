@@ -49,6 +49,11 @@ class UpdateCollector(Collector):
 
     def result(self) -> Update:
         """Squared displacement, and its inner product with the buffer for Nesterov."""
+        if isinstance(self.run.optimizer, torch.optim.LBFGS):
+            raise UnsupportedError(
+                "LBFGS moves the weights several times in a step, and only the last move is seen",
+                fix="Use the other observables.",
+            )
         if not self._asked and not rebuilds(self.run.optimizer):
             raise _weights_not_seen()
         squares, dots = [], []
@@ -218,7 +223,7 @@ def group_settings(optimizer: torch.optim.Optimizer) -> tuple[GroupSettings, ...
         optimizer: Any optimizer.
 
     Example:
-        >>> net = nn.Linear(2, 1)
+        >>> net = torch.nn.Linear(2, 1)
         >>> group_settings(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))[0].momentum
         0.9
     """
@@ -257,7 +262,8 @@ def _trained(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _buffer(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
-    return optimizer.state.get(parameter, {}).get("momentum_buffer") if is_sgd(optimizer) else None
+    buffer = optimizer.state.get(parameter, {}).get("momentum_buffer") if is_sgd(optimizer) else None
+    return buffer.to_dense() if buffer is not None and buffer.is_sparse else buffer
 
 
 def _velocities(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[Tensor]:

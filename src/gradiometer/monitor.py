@@ -918,5 +918,6 @@ def _errors(rows: Mapping[str, Tensor], weights: Tensor) -> dict[str, tuple[floa
     if not rows:
         return {}
     stacked = torch.stack(list(rows.values()), 1)
+    stacked = stacked.where(stacked.isfinite(), math.nan)
     error = correlated_jackknife(stacked[0], stacked[1:], weights)
     return dict(zip(rows, zip(error.stderr.tolist(), error.groups.tolist(), strict=True), strict=True))

@@ -1,17 +1,21 @@
+import io
 import math
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gradiometer import MemoryRecorder, Monitor
+from gradiometer import MemoryRecorder, Monitor, collect
 from gradiometer.errors import InputError
 from gradiometer.estimators import HalfRun, Last, Mean, Window
 from gradiometer.observables import FluctuationDissipation, fluctuation_dissipation
 from gradiometer.schedules import every
 from gradiometer.sections import Section
 from gradiometer.snapshot import GroupSettings, Snapshot, Update, Weights
+from gradiometer.stationarity import sasa_plus
 
 
 def seeded(seed=0):
@@ -530,6 +534,350 @@ def test_error_of_the_ratio_is_that_of_replicas(momentum):
     assert ((ratio - 1).abs() < 2 * error).double().mean() > 0.85
 
 
+# -- the whole way: the noisy quadratic under the monitor ------------------------------------------
+
+
+class NoisyQuadratic(nn.Module):
+    """f = 1/2 h |theta - centre|^2; the gradient noise comes with the inputs."""
+
+    def __init__(self, centre, begin, modes=40):
+        super().__init__()
+        start = torch.randn(modes, generator=seeded(7), dtype=torch.float64)
+        self.theta, self.centre = nn.Parameter(centre + begin * start), centre
+
+    def forward(self, x):
+        away = self.theta - self.centre
+        return 0.25 * away.square().sum() + x @ away  # curvature 0.5
+
+
+def simulate(
+    observables, *, centre=0.0, begin=0.33, steps=1501, lr=lambda step: 0.2, resume_at=None, **settings
+):
+    """One run under several monitors, whose prefixes are the names of the observables."""
+    model, memories = NoisyQuadratic(centre, begin), {name: MemoryRecorder() for name in observables}
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr(0), **settings)
+    generator, path = seeded(8), []
+
+    def build():
+        return {
+            name: Monitor(model, optimizer, [each], recorders=[memories[name]], prefix=name, on_error="raise")
+            for name, each in observables.items()
+        }
+
+    monitors = build()
+    for step in range(steps):
+        if step == resume_at:
+            buffer = io.BytesIO()
+            torch.save({name: monitor.state_dict() for name, monitor in monitors.items()}, buffer)
+            buffer.seek(0)
+            for monitor in monitors.values():
+                monitor.close()
+            monitors = build()
+            for name, state in torch.load(buffer, weights_only=True).items():
+                monitors[name].load_state_dict(state)
+        optimizer.param_groups[0]["lr"] = lr(step)
+        x = torch.randn(1, len(model.theta), generator=generator, dtype=torch.float64)
+        for monitor in monitors.values():
+            monitor.begin_micro_batch(x)
+        model(x).mean().backward()
+        for monitor in monitors.values():
+            monitor.end_micro_batch()
+            monitor.before_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        path.append(model.theta.detach().clone())
+    for monitor in monitors.values():
+        monitor.close()
+    return {name: Kept(memory, name) for name, memory in memories.items()}, path
+
+
+class Kept:
+    """The readings of one monitor as arrays over the steps at which they were recorded."""
+
+    def __init__(self, memory, prefix):
+        self.memory, self.prefix = memory, prefix
+
+    def __call__(self, name, since=0):
+        series = self.memory.series(f"{self.prefix}/fdr/{name}")
+        return np.array([value for step, value in series if step >= since])
+
+    def note(self, name="stationary"):
+        return self.memory.latest()[f"{self.prefix}/fdr/{name}"].note
+
+
+def relation(**arguments):
+    return FluctuationDissipation(**({"schedule": 20, "sampling": 1} | arguments))
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.5}, {"weight_decay": 0.01}], ids=str)
+def test_a_stationary_run_is_declared_and_a_transient_one_is_not(settings):
+    kept, _ = simulate({"s": relation()}, **settings)
+    decisions = kept["s"]("stationary", since=800)
+    assert decisions[-1] == 1.0
+    assert np.nanmean(decisions) > 0.8
+    assert kept["s"]("ratio")[-1] == pytest.approx(1.0, abs=0.05)
+    kept, _ = simulate({"t": relation(schedule=5)}, begin=300.0, steps=121, **settings)
+    decisions = kept["t"]("stationary")
+    assert decisions[-1] == 0.0
+    assert not (decisions == 1.0).any()
+
+
+def test_the_tolerance_is_what_the_decision_is_held_to():
+    names = {"narrow": relation(tolerance=1e-4), "middle": relation(), "wide": relation(tolerance=0.5)}
+    kept, _ = simulate(names, steps=801)
+    resolution = kept["middle"]("resolution")[-1]
+    assert 1e-4 < resolution < 0.05
+    assert np.isnan(kept["narrow"]("stationary")[-1])
+    assert kept["narrow"].note().endswith("the window is too short to resolve a tolerance of 0.0001")
+    assert (kept["middle"]("stationary")[-1], kept["wide"]("stationary")[-1]) == (1.0, 1.0)
+    first = [np.flatnonzero(kept[name]("stationary") == 1.0)[0] for name in ("wide", "middle")]
+    assert first[0] < first[1]
+
+
+def test_the_tests_of_sasa_are_those_of_the_levels():
+    observables = {
+        "points": relation(test="sasa", estimator=Mean()),
+        "blocks": relation(test="sasa_blocks", estimator=Mean()),
+    }
+    kept, path = simulate(observables, steps=601)
+    steps = np.arange(0.0, 601.0, 20.0)
+    level = np.array([float(path[int(step)].square().sum()) / (2 * 0.2) for step in steps])
+    for name, errors in (("points", "end_points"), ("blocks", "blocks")):
+        expected = [sasa_plus(steps[: k + 1], level[: k + 1], errors=errors).value for k in range(9, 31)]
+        assert kept[name]("stationary", since=180).tolist() == expected
+        assert kept[name]("stationary", since=180).max() == 1.0
+    kept, _ = simulate(observables, begin=300.0, steps=601)
+    for name in observables:
+        assert not (kept[name]("stationary") == 1.0).any()
+
+
+# -- relative to where the window began ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.5}], ids=["plain", "momentum"])
+def test_centred_weights_fluctuate_less_about_the_same_ratio(settings):
+    # about a large mean, |theta|^2 fluctuates with its product with the mean, 2 theta_c . d
+    kept, _ = simulate({"plain": relation(), "centred": relation(centred=True)}, centre=5.0, **settings)
+    plain, centred = (kept[name]("ratio", since=500) - 1 for name in ("plain", "centred"))
+    assert np.sqrt(np.mean(centred**2)) < 0.3 * np.sqrt(np.mean(plain**2))
+    assert abs(centred.mean()) < 0.02
+    assert kept["centred"]("resolution")[-1] < 0.3 * kept["plain"]("resolution")[-1]
+    assert kept["centred"]("weight_norm_sq").tolist() == kept["plain"]("weight_norm_sq").tolist()
+    assert kept["centred"]("right").tolist() == kept["plain"]("right").tolist()
+    assert kept["centred"]("stationary")[-1] == 1.0
+
+
+def centred_excess(path, start, stop, lr, centre):
+    """Left less right over a window, from the weights themselves."""
+    ends = [(path[step] - path[centre]).square().sum() for step in (start, stop)]
+    return float(ends[0] - ends[1]) / (2 * lr * (stop - start))
+
+
+def test_the_centre_is_where_the_window_began_and_begins_anew_after_a_jump():
+    kept, path = simulate(
+        {"c": relation(centred=True, estimator=Mean())},
+        centre=5.0,
+        steps=201,
+        lr=lambda step: 0.2 if step < 90 else 0.05,
+    )
+    left, right = kept["c"]("left"), kept["c"]("right")
+    steps = [step for step, _ in kept["c"].memory.series("c/fdr/left")]
+    assert steps == [20, 40, 60, 80, 120, 140, 160, 180, 200]
+    for step, found in zip(steps, left - right, strict=True):
+        start, lr = (0, 0.2) if step < 90 else (100, 0.05)
+        assert found == pytest.approx(centred_excess(path, start, step, lr, start), rel=1e-9)
+    assert centred_excess(path, 100, 200, 0.05, 0) != pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("resume_at", [7, 20, 61, 90, 115])
+def test_the_centre_survives_a_resume_bit_for_bit(resume_at):
+    def run(resume_at):
+        kept, _ = simulate(
+            {"c": relation(centred=True)},
+            centre=5.0,
+            steps=141,
+            lr=lambda step: 0.2 if step < 90 else 0.05,
+            resume_at=resume_at,
+        )
+        return [kept["c"](name).tolist() for name in ("left", "right", "ratio", "weight_norm_sq")]
+
+    assert run(resume_at) == run(None)
+
+
+# -- the update that was really made ---------------------------------------------------------------
+
+FDR = ("left", "right", "ratio", "weight_norm_sq")
+
+
+def equal_readings(one, other, rel=1e-10):
+    for name in FDR:
+        found, expected = values(one, name), values(other, name)
+        assert found.keys() == expected.keys()
+        assert found == pytest.approx(expected, rel=rel), name
+
+
+@pytest.mark.parametrize("name", ["plain", "l2", "nesterov", "adamw", "rmsprop"])
+@pytest.mark.parametrize("clip", [None, 0.2], ids=["unclipped", "clipped"])
+def test_accumulation_does_not_change_the_readings(name, clip):
+    kind, settings = OPTIMIZERS[name]
+
+    def accumulated(parts):
+        torch.manual_seed(0)
+        model, memory = tanh_mlp().double(), MemoryRecorder()
+        optimizer = kind(model.parameters(), lr=0.01, **settings)
+        observable = FluctuationDissipation(schedule=5, sampling=1)
+        with Monitor(model, optimizer, [observable], recorders=[memory], on_error="raise") as monitor:
+            for step in range(31):
+                x = torch.randn(64, 5, generator=seeded(step), dtype=torch.float64)
+                y = torch.randint(3, (64,), generator=seeded(100 + step))
+                for some, targets in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                    with monitor.micro_batch(some, targets):
+                        (F.cross_entropy(model(some), targets) / parts).backward()
+                monitor.before_step()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+        return memory
+
+    whole = accumulated(1)
+    assert sorted(values(whole, "ratio")) == [5, 10, 15, 20, 25, 30]
+    for parts in (2, 4):
+        equal_readings(accumulated(parts), whole)
+
+
+@pytest.mark.parametrize("clip", [None, 0.2], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rebuilt_updates_read_as_copies_do(name, clip, monkeypatch):
+    kind, settings = OPTIMIZERS[name]
+
+    def run():
+        return train(
+            lambda groups: kind(groups, lr=0.05, **settings),
+            FluctuationDissipation(schedule=5, sampling=2),
+            steps=31,
+            halves=2,
+            clip=clip,
+        )[0]
+
+    asked, rebuilds = [], collect.rebuilds
+
+    def never(optimizer):
+        asked.append(rebuilds(optimizer))
+        return False
+
+    rebuilt = run()
+    monkeypatch.setattr(collect, "rebuilds", never)
+    copied = run()
+    assert all(asked)
+    assert len(asked) > 10
+    equal_readings(copied, rebuilt)
+    for section in ("body", "1"):
+        assert values(copied, f"ratio/{section}") == pytest.approx(
+            values(rebuilt, f"ratio/{section}"), rel=1e-9
+        )
+
+
+def forgetful(make_optimizer, forgets):
+    """A run that calls ``before_step`` only where it does not forget to; what was said, and the record."""
+    torch.manual_seed(0)
+    model, memory = tanh_mlp().double(), MemoryRecorder()
+    optimizer = make_optimizer(model.parameters())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Monitor(
+            model, optimizer, [FluctuationDissipation(schedule=4, sampling=1)], recorders=[memory]
+        ) as monitor:
+            for step in range(33):
+                x = torch.randn(8, 5, generator=seeded(step), dtype=torch.float64)
+                y = torch.randint(3, (8,), generator=seeded(100 + step))
+                with monitor.micro_batch(x, y):
+                    F.cross_entropy(model(x), y).backward()
+                if not forgets(step):
+                    monitor.before_step()
+                optimizer.step()
+                optimizer.zero_grad()
+    return [str(each.message) for each in caught], memory
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_rebuilt_updates_do_not_need_before_step(kind):
+    messages, memory = forgetful(lambda p: kind(p, lr=0.01), lambda step: True)
+    (message,) = messages
+    assert "monitor.before_step() was not called" in message
+    _, whole = forgetful(lambda p: kind(p, lr=0.01), lambda step: False)
+    equal_readings(memory, whole, rel=1e-12)
+
+
+def test_an_update_that_cannot_be_rebuilt_waits_for_before_step():
+    messages, memory = forgetful(lambda p: torch.optim.Adagrad(p, lr=0.01), lambda step: step < 14)
+    (message,) = messages
+    assert "monitor.before_step() was not called" in message
+    known = [step for step, value in values(memory, "ratio").items() if math.isfinite(value)]
+    assert known == [20, 24, 28, 32]  # its window begins at the first record after that
+
+
+def test_an_update_that_can_never_be_seen_is_not_called_unsupported():
+    messages, memory = forgetful(lambda p: torch.optim.Adagrad(p, lr=0.01), lambda step: True)
+    assert len(messages) == 1
+    assert all(math.isnan(value) for value in values(memory, "ratio").values())
+
+
+# -- gradient scalers ------------------------------------------------------------------------------
+
+
+SCALED = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "fused adamw": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "fused sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
+}
+
+
+def scaled(make_optimizer, dtype, spoiled, *, unscale=False, steps=24):
+    """A run under a loss scaler; batches that are spoiled overflow, and are left out where there are none."""
+    torch.manual_seed(0)
+    model, memory = tanh_mlp(), MemoryRecorder()
+    optimizer = make_optimizer(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    observable = FluctuationDissipation(schedule=3, sampling=1, estimator=Mean())
+    with Monitor(model, optimizer, [observable], recorders=[memory], on_error="raise") as monitor:
+        for step in range(steps):
+            if spoiled is None and step in SPOILED:
+                continue
+            x = torch.randn(8, 5, generator=seeded(step))
+            y = torch.randint(3, (8,), generator=seeded(100 + step))
+            with monitor.micro_batch(x, y):
+                with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                    loss = F.cross_entropy(model(x).float(), y)
+                scaler.scale(loss * (math.inf if step in (spoiled or ()) else 1.0)).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+                monitor.before_step(loss_scale=scaler.get_scale())
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            else:
+                monitor.before_step(grad_scale=scaler.get_scale())
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    return memory, scaler.get_scale()
+
+
+SPOILED = (1, 5, 6, 13, 20)  # not the first: fused SGD would go on from a buffer that was never written
+
+
+@pytest.mark.parametrize("unscale", [False, True], ids=["scaled", "unscaled and clipped"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", SCALED)
+def test_steps_that_the_scaler_skips_are_in_no_series(name, dtype, unscale):
+    skipping, scale = scaled(SCALED[name], dtype, SPOILED, unscale=unscale)
+    clean, full = scaled(SCALED[name], dtype, None, unscale=unscale)
+    assert scale == full / 2 ** len(SPOILED)
+    assert sorted(values(clean, "ratio")) == [3, 6, 9, 12, 15, 18]
+    equal_readings(skipping, clean, rel=1e-6 if dtype is not torch.float16 else 1e-3)
+
+
 # -- readings --------------------------------------------------------------------------------------
 
 
@@ -579,3 +927,19 @@ def test_nesterov_with_dampening_is_refused():
 def test_an_estimator_without_a_window_is_refused():
     with pytest.raises(InputError, match=r"compares the two ends of a window, got Last\(\)"):
         FluctuationDissipation(estimator=Last())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tolerance": 0.0}, r"tolerance must be positive, got 0.0. Write tolerance=0.05"),
+        ({"tolerance": -1.0}, r"tolerance must be positive, got -1.0"),
+        ({"tolerance": math.nan}, r"tolerance must be positive, got nan"),
+        ({"test": "t-test"}, r"unknown test of stationarity, got 't-test'. Write one of .*'sasa_blocks'"),
+        ({"centred": True, "verify": True}, r"the identity is verified for the weights themselves"),
+        ({"schedule": 0}, r"a cadence must be a whole number of steps"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(wrong, message):
+    with pytest.raises(InputError, match=message):
+        FluctuationDissipation(**wrong)

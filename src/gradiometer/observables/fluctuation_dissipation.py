@@ -94,7 +94,7 @@ def fluctuation_dissipation(
     """
     if bool(torch.as_tensor(steps).lt(1).any()):
         raise InputError("a window needs at least one step", got=steps, fix="Record twice or more.")
-    nesterov = torch.as_tensor(nesterov, dtype=torch.float64)
+    nesterov = torch.as_tensor(nesterov).to(displacement_sq)
     if bool((nesterov.bool() & torch.as_tensor(dampening).ne(0)).any()):
         raise InputError("Nesterov momentum has no dampening", got=dampening, fix="Write dampening=0.")
     form = _Form(lr, momentum, dampening, nesterov)
@@ -264,15 +264,16 @@ class FluctuationDissipation(Observable):
 
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
         """Both sides, their ratio and the decision, in total and per section, once there is a window."""
-        norms = now["weight_norm_sq"].numpy()
-        window = _window(now, reference)
-        sections = norms.shape[-1]
-        readings = {"weight_norm_sq": norms.sum(-1), **self._sides(window, slice(None), "")}
-        for u in range(sections) if sections > 1 else ():
-            if window is None or window.moves[u]:
-                readings |= self._sides(window, slice(u, u + 1), f"/{u}")
-                readings[f"weight_norm_sq/{u}"] = norms[..., u]
-        return readings
+        with np.errstate(over="ignore", invalid="ignore"):  # of weights that diverge
+            norms = now["weight_norm_sq"].numpy()
+            window = _window(now, reference)
+            sections = norms.shape[-1]
+            readings = {"weight_norm_sq": norms.sum(-1), **self._sides(window, slice(None), "")}
+            for u in range(sections) if sections > 1 else ():
+                if window is None or window.moves[u]:
+                    readings |= self._sides(window, slice(u, u + 1), f"/{u}")
+                    readings[f"weight_norm_sq/{u}"] = norms[..., u]
+            return readings
 
     def _sides(self, window: _Window | None, columns: slice, name: str) -> dict[str, Floats | Estimate]:
         """Readings of some sections together: both sides are sums over parameters."""
@@ -282,21 +283,18 @@ class FluctuationDissipation(Observable):
         level, rights = window.level[:, columns].sum(-1), window.rights[:, columns].sum(-1)
         deviation = float(end_point_deviation(window.steps, level))
         decision = self._decide(window, level, rights, deviation)
-        with np.errstate(divide="ignore", invalid="ignore"):  # where nothing moves both sides are 0
-            ratio = left / right
-            resolution = float(deviation / ((window.steps[-1] - window.steps[0]) * right.flat[0]))
+        resolution = float(_ratio(deviation, (window.steps[-1] - window.steps[0]) * right[:1])[0])
         sides: dict[str, Floats | Estimate] = {
             "left": left,
             "right": right,
-            "ratio": Estimate(ratio, resolution),
+            "ratio": Estimate(_ratio(left, right), resolution),
             "resolution": Estimate(resolution, math.nan, resolved=not math.isnan(resolution)),
             "stationary": Estimate(
                 decision.value, math.nan, resolved=not math.isnan(decision.value), note=decision.reason
             ),
         }
         if window.violation is not None:
-            violation = window.violation[..., columns].sum(-1)
-            sides["residual"] = np.divide(violation, right, out=violation, where=right > 0)
+            sides["residual"] = _ratio(window.violation[..., columns].sum(-1), right)
         return {key + name: value for key, value in sides.items()}
 
     def _decide(self, window: _Window, level: Floats, rights: Floats, deviation: float) -> Decision:
@@ -314,6 +312,12 @@ class FluctuationDissipation(Observable):
             )
         errors = "blocks" if self.test == "sasa_blocks" else "end_points"
         return sasa_plus(window.steps, level, errors=errors, constant_lr=window.constant)
+
+
+def _ratio(numerator: Floats | float, denominator: Floats) -> Floats:
+    """``nan`` where the denominator is 0, since nothing moves there."""
+    unknown = np.full_like(denominator, math.nan)
+    return np.divide(numerator, denominator, out=unknown, where=denominator != 0)
 
 
 class _Window(NamedTuple):
