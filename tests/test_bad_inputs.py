@@ -121,7 +121,7 @@ def run(
         messages = [str(warning.message) for warning in caught]
         ends.append((copy.deepcopy(model.state_dict()), torch.get_rng_state()))
     (plain, plain_random), (measured, random_state) = ends
-    assert all(torch.equal(tensor, measured[name]) for name, tensor in plain.items())
+    torch.testing.assert_close(measured, plain, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(plain_random, random_state)
     return messages, memory
 
@@ -339,15 +339,9 @@ def test_a_run_that_diverges():
         one_step,
         make_model=make_model,
         make_optimizer=lambda model: sgd(model, lr=10.0),
-        observables=lambda: [
-            FluctuationDissipation(schedule=1),
-            GradientNoiseScale(schedule=1),
-            JacobianNorm(schedule=1),
-            NeuralTangentKernel(schedule=1),
-        ],
+        observables=lambda: [FluctuationDissipation(schedule=1), GradientNoiseScale(schedule=1)],
     )
-    assert not any("Warning" in message for message in messages), messages
-    print(messages)
+    assert all("the gradient is not finite" in message for message in messages), messages
     norms = [value for _, value in memory.series("dynamics/fdr/weight_norm_sq")]
     assert norms[0] < 100
     assert not math.isfinite(norms[-1])

@@ -249,6 +249,16 @@ def test_under_a_cosine_the_identity_holds_and_nothing_is_decided(settings):
     assert reading.note.endswith("; the learning rate changes")
 
 
+def test_a_rate_that_is_back_at_every_record_has_moved_all_the_same():
+    def scheduler(optimizer):
+        return LambdaLR(optimizer, lambda step: 1 + 0.009 * abs(5 - step % 10))  # by less than 1 % per step
+
+    memory, *_ = train(scheduler, verified(), steps=101, momentum=0.9)
+    assert sorted(series(memory, "residual")) == list(range(10, 101, 10))
+    assert max(map(abs, series(memory, "residual").values())) < 1e-12
+    assert memory.latest()["dynamics/fdr/stationary"].note.endswith("; the learning rate changes")
+
+
 @pytest.mark.parametrize("cycle_momentum", [False, True])
 def test_one_cycle_is_a_drift_of_the_momentum_too(cycle_momentum):
     def scheduler(optimizer):

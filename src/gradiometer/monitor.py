@@ -323,14 +323,15 @@ class Monitor:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The optimizer's post-step hook: the update has been made."""
         del args, kwargs
-        if not step_was_made(optimizer):  # a fused optimizer is called even where its scaler skips
-            self._abandon_step()
-            return
-        self._run.updates += 1
-        if self._settings.jumped(optimizer, sum(self._run.sizes)):
-            self._restart("settings")
-        self._run.drifts = self._settings.drifts
-        self._stale = self._stale or self._settings.changed
+        with self._timed("looking at the optimizer"):
+            if not step_was_made(optimizer):  # a fused optimizer is called even where its scaler skips
+                self._abandon_step()
+                return
+            self._run.updates += 1
+            if self._settings.jumped(optimizer, sum(self._run.sizes)):
+                self._restart("settings")
+            self._run.drifts = self._settings.drifts
+            self._stale = self._stale or self._settings.changed
         if not (self._begun and not self._due):
             self._measure_update()
         self._finish_step()

@@ -54,27 +54,32 @@ def _ratio(reading: Reading, others: Mapping[str, Reading]) -> str:
     decision = _value(decided) if decided is not None else math.nan
     if decision == 0.0 or away - 2 * error > STATIONARY:
         return "transient: the weights are still on their way. Keep the learning rate."
-    if decision == 1.0 or (away < STATIONARY and error < STATIONARY):
+    if decision == 1.0 or (decided is None and away < STATIONARY and error < STATIONARY):
         return (
             "stationary: the norm of the weights has stopped drifting. More steps at this learning "
             "rate only average noise; lower it or stop."
         )
-    return "not resolved: the window is still too short to tell stationary from transient."
+    return f"not resolved: {_reason(decided) or 'the window is still too short to tell'}."
 
 
 def _stationary(reading: Reading, others: Mapping[str, Reading]) -> str:
     if not reading.resolved:
-        return f"not decided: {reading.note.rpartition('; ')[2]}."
+        return f"not decided: {_reason(reading)}."
     if _value(reading) == 1.0:
         return "the run has settled: lower the learning rate, raise the batch size, or stop."
     return "the run is still on its way."
 
 
+def _reason(decided: Reading | None) -> str:
+    """Why the run is called neither stationary nor transient."""
+    return decided.note.rpartition("; ")[2] if decided is not None else ""
+
+
 def _temperature(reading: Reading, others: Mapping[str, Reading]) -> str:
     if "without replacement" in reading.note:
         return (
-            "noise per parameter; batches are drawn without replacement, so directions that need longer "
-            "than an epoch to relax are colder than this."
+            f"{reading.sentence} Batches are drawn without replacement, so directions that need longer than "
+            "an epoch to relax are colder than this."
         )
     return reading.sentence
 
