@@ -7,7 +7,6 @@ from gradiometer.errors import InputError
 from gradiometer.statistics import (
     correlated_jackknife,
     delete_block_jackknife,
-    detrended_variance,
     jackknife_covariance,
     lumping,
     ratio_interval,
@@ -323,24 +322,3 @@ def test_lower_limit_of_a_noise_scale_that_is_not_resolved():
 
 
 # -- the scatter about a trend ---------------------------------------------------------------------
-
-
-def test_detrended_variance_is_that_of_a_straight_line_fit():
-    steps = torch.tensor([0.0, 10.0, 20.0, 50.0, 60.0, 90.0], dtype=torch.float64)
-    values = draws(6, 2) + steps[:, None] * 0.3
-    for column, variance in zip(values.mT, detrended_variance(steps, values), strict=True):
-        fit = np.polyval(np.polyfit(steps, column, 1), steps)
-        assert variance.item() == pytest.approx(((column.numpy() - fit) ** 2).sum() / 4, rel=1e-10)
-
-
-def test_detrended_variance_is_unbiased_under_a_trend():
-    columns, length = 5000, 8
-    steps = torch.arange(length, dtype=torch.float64)
-    variance = detrended_variance(steps, 2 * draws(length, columns) + 100 * steps[:, None])
-    assert (variance.mean() - 4).abs() < 3 * variance.std() / columns**0.5
-
-
-def test_detrended_variance_needs_four_points():
-    variance = detrended_variance(torch.arange(3.0), torch.ones(3, 2))
-    assert variance.shape == (2,)
-    assert variance.isnan().all()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 from torch import Tensor
 
 from .errors import InputError
@@ -81,7 +81,7 @@ def delete_block_jackknife(full: Tensor, left_out: Tensor, weights: Tensor) -> T
     if len(weights) < _FEWEST_GROUPS:
         return torch.full_like(full, torch.nan)
     values, shares = _pseudo_values(full, left_out, weights)
-    return torch.from_numpy(np.sqrt(_variance(values, shares))).to(full.dtype)
+    return torch.from_numpy(np.sqrt(_variance(values, shares))).to(full)
 
 
 def correlated_jackknife(full: Tensor, left_out: Tensor, weights: Tensor) -> BlockError:
@@ -244,7 +244,7 @@ def t_quantile(groups: int, level: float = 0.95) -> float:
     """
     if not 0.0 < level < 1.0:
         raise InputError("level must lie between 0 and 1", got=level, fix="Write level=0.95.")
-    return float(student_t.ppf((1 + level) / 2, groups - 1)) if groups > 1 else float("nan")
+    return float(stdtrit(groups - 1, (1 + level) / 2)) if groups > 1 else float("nan")
 
 
 def ratio_interval(
@@ -328,41 +328,12 @@ def _mean_variance(times: Floats) -> Floats:
     return 2 * (times + np.expm1(-times)) / times**2
 
 
-def detrended_variance(steps: Tensor, values: Tensor) -> Tensor:
-    """Variance of a series about its straight-line trend.
-
-    Args:
-        steps: Positions, at least four.
-        values: One series per column.
-
-    Returns:
-        Residual sum of squares over ``K - 2``; ``nan`` for fewer than four points.
-
-    Shapes:
-        steps ``[K]``, values ``[K, G]`` -> ``[G]``.
-
-    Units:
-        Square of the unit of ``values``.
-
-    Example:
-        >>> steps = torch.arange(5.0, dtype=torch.float64)
-        >>> detrended_variance(steps, (3 + 2 * steps)[:, None]).abs() < 1e-12
-        tensor([True])
-    """
-    if len(steps) < 4:
-        return torch.full(values.shape[1:], torch.nan, dtype=values.dtype)
-    x = (steps - steps.mean()).to(values.dtype)
-    y = values - values.mean(0)
-    slope = (x[:, None] * y).sum(0) / x.square().sum()
-    return (y - x[:, None] * slope).square().sum(0) / (len(steps) - 2)
-
-
+@np.errstate(over="ignore", invalid="ignore")  # a run may diverge
 def _pseudo_values(full: Tensor, left_out: Tensor, weights: Tensor) -> tuple[Floats, Floats]:
     """What each block says on its own, ``[n, R]``; for an average the block means. And their shares."""
-    shares = weights.numpy().astype(np.float64)
+    shares, without, whole = (t.cpu().numpy().astype(np.float64) for t in (weights, left_out, full))
     shares /= shares.sum()
-    without = left_out.numpy().astype(np.float64)
-    return without + (full.numpy() - without) / shares[:, None], shares
+    return without + (whole - without) / shares[:, None], shares
 
 
 def _lump(values: Floats, shares: Floats, groups: int) -> tuple[Floats, Floats]:
@@ -373,6 +344,7 @@ def _lump(values: Floats, shares: Floats, groups: int) -> tuple[Floats, Floats]:
     return np.add.reduceat(values * shares[:, None], starts) / lumped[:, None], lumped
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a run may diverge
 def _variance(values: Floats, shares: Floats) -> Floats:
     """Of the weighted average of independent values; exact for any variance proportional to 1 / share."""
     centred = values - shares @ values
