@@ -24,8 +24,7 @@ NOTE = "micro-batches, loss_reduction=mean, over 100 % of parameters"
 def readings(**changed):
     """A stationary run of plain SGD at learning rate 0.1 and batch 8: right = 0.05 (2 + 80 / 8)."""
     table = {
-        "noise/grad_sq_norm": Reading("d/noise/grad_sq_norm", 2.0, 0.1, note=NOTE),
-        "noise/trace": Reading("d/noise/trace", 80.0, 0.8, note=NOTE),
+        "noise/batch_grad_sq_norm": Reading("d/noise/batch_grad_sq_norm", 2 + 80 / 8, 0.2, note=NOTE),
         "fdr/weight_norm_sq": Reading("d/fdr/weight_norm_sq", 50.0),
         "fdr/stationary": Reading("d/fdr/stationary", 1.0),
         "fdr/right": Reading("d/fdr/right", 0.6, 0.006),
@@ -52,7 +51,7 @@ def test_readings_that_agree_are_not_mentioned():
 def test_work_that_the_noise_does_not_do_names_both_readings(right):
     (message,) = found(readings(fdr__right={"value": right})).values()
     assert f"fdr/right, from the update, is {right:.3g} +- 0.006" in message
-    assert "noise/grad_sq_norm and noise/trace, from the gradient, give 0.6 +- 0.01" in message
+    assert "noise/batch_grad_sq_norm, from the gradient, gives 0.6 +- 0.01" in message
     assert "clipping after before_step()" in message
 
 
@@ -83,10 +82,10 @@ def test_decay_acts_on_the_update_alone():
         ({"fdr__stationary": {"value": 0.0}}, (PLAIN,), 8),
         ({"fdr__stationary": {"value": math.nan}}, (PLAIN,), 8),
         ({"fdr__stationary": None}, (PLAIN,), 8),
-        ({"noise__trace": None}, (PLAIN,), 8),
-        ({"noise__grad_sq_norm": {"note": NOTE.replace("100", "70")}}, (PLAIN,), 8),
-        ({"noise__grad_sq_norm": {"note": NOTE.replace("mean", "sum")}}, (PLAIN,), 8),
-        ({"noise__trace": {"value": math.nan}}, (PLAIN,), 8),
+        ({"noise__batch_grad_sq_norm": None}, (PLAIN,), 8),
+        ({"noise__batch_grad_sq_norm": {"note": NOTE.replace("100", "70")}}, (PLAIN,), 8),
+        ({"noise__batch_grad_sq_norm": {"note": NOTE.replace("mean", "sum")}}, (PLAIN,), 8),
+        ({"noise__batch_grad_sq_norm": {"value": math.nan}}, (PLAIN,), 8),
     ],
 )
 def test_where_it_is_no_relation_nothing_is_said(changed, groups, batch):
@@ -208,7 +207,7 @@ def test_a_gradient_that_is_changed_on_the_way_to_the_update_is_said_once(meddle
     assert declared(memory)
     (message,) = messages
     assert "fdr/right, from the update, is" in message
-    assert "noise/grad_sq_norm and noise/trace, from the gradient, give" in message
+    assert "noise/batch_grad_sq_norm, from the gradient, gives" in message
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,10 @@ def test_sections_are_groups_or_layers_with_scale_invariant_weights_apart():
 def test_one_layer_in_two_groups_is_two_sections():
     model = nn.Linear(3, 2)
     groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
-    assert divided(model, groups, ["a", "b"], layers=True) == [("layer.model", 0, 6), ("layer.model", 1, 2)]
+    assert divided(model, groups, ["a", "b"], layers=True) == [
+        ("layer.model.a", 0, 6),
+        ("layer.model.b", 1, 2),
+    ]
 
 
 def test_frozen_parameters_have_no_section_and_tied_ones_have_one():

@@ -117,13 +117,19 @@ def dataset_size_of(loader: Any) -> int | None:
     Args:
         loader: A data loader.
     """
-    sampler = getattr(loader, "sampler", None)
+    sampler = _sampler_of(loader)
     if isinstance(sampler, SubsetRandomSampler):
         return len(sampler)
     try:
         return len(loader.dataset)
     except (AttributeError, TypeError, NotImplementedError):  # a stream of examples
         return None
+
+
+def _sampler_of(loader: Any) -> Any:
+    """What draws the examples: a batch sampler's own sampler, where one was given."""
+    batches = getattr(loader, "batch_sampler", None)
+    return getattr(batches, "sampler", None) or getattr(loader, "sampler", None)
 
 
 def replacement_of(loader: Any) -> bool | None:
@@ -137,7 +143,7 @@ def replacement_of(loader: Any) -> bool | None:
         >>> replacement_of(torch.utils.data.DataLoader(data, shuffle=True))
         False
     """
-    sampler = getattr(loader, "sampler", None)
+    sampler = _sampler_of(loader)
     if isinstance(sampler, (RandomSampler, WeightedRandomSampler)):
         return bool(sampler.replacement)
     if isinstance(sampler, (SequentialSampler, SubsetRandomSampler, DistributedSampler)):

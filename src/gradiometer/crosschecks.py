@@ -38,7 +38,7 @@ def disagreements(
     """
     found = {}
     sources = readings.get(f"{prefix}/noise/source_ratio")
-    if sources is not None and _differ(_value(sources), sources.stderr, 1.0, 0.0):
+    if sources is not None and _differ(sources, 1.0, 0.0):
         found["noise/source_ratio"] = (
             f"two sources of the noise scale disagree: the trace from the second is {_value(sources):.3g} +- "
             f"{sources.stderr:.2g} times that from the first ({sources.note}). One of them does not see the "
@@ -46,12 +46,12 @@ def disagreements(
         )
     work = _work_of_noise(readings, prefix, groups, batch_size)
     right = readings.get(f"{prefix}/fdr/right")
-    if work is not None and right is not None and _differ(_value(right), right.stderr, *work):
+    if work is not None and right is not None and _differ(right, *work):
         found["fdr/right"] = (
-            f"fdr/right, from the update, is {_value(right):.3g} +- {right.stderr:.2g}; noise/grad_sq_norm "
-            f"and noise/trace, from the gradient, give {work[0]:.3g} +- {work[1]:.2g} for the same at a "
-            "stationary state. Something between the gradient and the update changes one of them (clipping "
-            "after before_step(), a scaled loss), or batches are not drawn independently."
+            f"fdr/right, from the update, is {_value(right):.3g} +- {right.stderr:.2g}; "
+            f"noise/batch_grad_sq_norm, from the gradient, gives {work[0]:.3g} +- {work[1]:.2g} for the same "
+            "at a stationary state. Something between the gradient and the update changes one of them: clipping "
+            "after before_step(), or a scaled loss."
         )
     return found
 
@@ -65,7 +65,7 @@ def _work_of_noise(
     update and not on the gradient measured: with F = G + lambda theta and <theta . F> = right,
     ``right (1 - eta lambda) = eta/2 (|G|^2 + S/B - lambda^2 |theta|^2)``.
     """
-    names = ("noise/grad_sq_norm", "noise/trace", "fdr/weight_norm_sq", "fdr/stationary")
+    names = ("noise/batch_grad_sq_norm", "fdr/weight_norm_sq", "fdr/stationary")
     found = [readings.get(f"{prefix}/{name}") for name in names]
     if not groups or not batch_size or any(reading is None for reading in found):
         return None
@@ -73,28 +73,31 @@ def _work_of_noise(
     plain = first.is_sgd and not first.momentum
     if not plain or any((g.lr, g.weight_decay, g.momentum) != _settings(first) for g in groups):
         return None
-    signal, trace, weights, stationary = (reading for reading in found if reading is not None)
-    if (
-        _value(stationary) != 1.0
-        or "over 100 %" not in signal.note
-        or "loss_reduction=mean" not in signal.note
-    ):
+    batch, weights, stationary = (reading for reading in found if reading is not None)
+    if _value(stationary) != 1.0 or "over 100 %" not in batch.note or "loss_reduction=mean" not in batch.note:
         return None
     lr, decay = first.lr, first.weight_decay
     pulled = decay**2 * _value(weights)
     factor = lr / 2 / (1 - lr * decay)
-    work = factor * (_value(signal) + _value(trace) / batch_size - pulled)
-    return work, factor * (signal.stderr + trace.stderr / batch_size)
+    return factor * (_value(batch) - pulled), factor * _allowed(batch) / STANDARD_ERRORS
 
 
 def _settings(group: GroupSettings) -> tuple[float, float, float]:
     return group.lr, group.weight_decay, group.momentum
 
 
-def _differ(left: float, left_error: float, right: float, right_error: float) -> bool:
-    """Whether two numbers differ by more than their errors allow; unknown errors allow anything."""
-    error = math.hypot(left_error, right_error)
-    return abs(left - right) > max(STANDARD_ERRORS * error, SMALLEST * abs(right))
+def _differ(left: Reading, right: float, right_error: float) -> bool:
+    """Whether a reading differs from a number by more than their errors allow."""
+    error = math.hypot(_allowed(left), STANDARD_ERRORS * right_error)
+    return abs(_value(left) - right) > max(error, SMALLEST * abs(right))
+
+
+def _allowed(reading: Reading) -> float:
+    """Four standard errors, or the width of the 95 % interval: more, where the error is from few blocks.
+
+    ``nan``, with which nothing is compared, where the error is not known.
+    """
+    return max(STANDARD_ERRORS * reading.stderr, reading.high - reading.low)
 
 
 def _value(reading: Reading) -> float:

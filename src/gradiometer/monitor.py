@@ -257,7 +257,7 @@ class Monitor:
             if self._ready:
                 self._abandon_step()
             if self._together is None:
-                self._agree(x)
+                self._agree()
             if self._probe is None and any(not slot.retired for slot in self._slots):
                 self._probe = self._probe_from(x, y)
             if not self._begun:
@@ -342,6 +342,8 @@ class Monitor:
         for slot in self._slots:
             if reason in slot.observable.restarts:
                 slot.estimator.reset(everything=reason == "parameters")
+                old = f"{self._prefix}/{slot.name}/"  # what was read before belongs to another run
+                self.latest = {key: r for key, r in self.latest.items() if not key.startswith(old)}
         self._run.centre.clear()
         self._comparable.clear()
 
@@ -614,18 +616,17 @@ class Monitor:
             sums = {name: next(means) for name in slot.estimator.pending[0]}
             slot.estimator.pending = (sums, float(next(means)))
 
-    def _agree(self, x: Any) -> None:
+    def _agree(self) -> None:
         """Find out whether all processes measure the same; else each one's readings are its own."""
         self._together = False
         if parallel.world_size() == 1:
             return
-        shapes = [list(t.shape) for t in pytree.tree_leaves(x) if isinstance(t, Tensor)]
-        plan = repr(([slot.observable for slot in self._slots], self._budget, self.step, shapes))
+        plan = repr(([slot.observable for slot in self._slots], self._budget, self.step))
         self._together = parallel.agree(self._prefix, re.sub(r" at 0x[0-9a-f]+", "", plan))
         if not self._together:
             self._warn(
                 f"not all of the {parallel.world_size()} processes have a monitor with the same "
-                "observables, budget and shape of the first batch: readings are this process's own. "
+                "observables and budget: readings are this process's own. "
                 "Build the same Monitor on every rank, and give recorders to rank 0 only."
             )
 
@@ -780,7 +781,7 @@ class Monitor:
         inputs = detached_copy(take(dict(x) if isinstance(x, Mapping) else x, first))
         same = isinstance(y, Tensor) and y.ndim > 0 and len(y) == examples(x)
         targets = y[first].detach().clone() if same and y is not None else None
-        return Probe(*parallel.broadcast([inputs, targets])) if self._together else Probe(inputs, targets)
+        return Probe(*parallel.share((inputs, targets))) if self._together else Probe(inputs, targets)
 
     def _sections(self) -> Sections:
         """Which parameters are read together."""

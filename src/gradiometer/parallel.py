@@ -65,6 +65,20 @@ def broadcast(nest: Any) -> Any:
     return pytree.tree_map(send, nest)
 
 
+def share(nest: Any) -> Any:
+    """Rank 0's nest on every rank, on the devices of this rank's own; shapes may differ.
+
+    Args:
+        nest: A nest of tensors.
+    """
+    if world_size() == 1:
+        return nest
+    own = next((leaf.device for leaf in pytree.tree_leaves(nest) if isinstance(leaf, Tensor)), None)
+    held = [pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, nest)]
+    dist.broadcast_object_list(held, src=0)
+    return pytree.tree_map(lambda leaf: leaf.to(own) if isinstance(leaf, Tensor) else leaf, held[0])
+
+
 def mean(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """Element-wise mean over processes by one flat all-reduce.
 

@@ -71,7 +71,11 @@ class Sections:
                 sizes[key] = sizes.get(key, 0) + parameter.numel()
                 self._section[id(parameter)] = list(sizes).index(key)
                 self.parameters.append(parameter)
-        self.sections = tuple(Section(label, group, size) for (label, group), size in sizes.items())
+        labels = [label for label, _ in sizes]
+        self.sections = tuple(  # a layer whose parameters are in several groups is as many sections
+            Section(f"{label}.{group_names[group]}" if labels.count(label) > 1 else label, group, size)
+            for (label, group), size in sizes.items()
+        )
         self._lookup: tuple[list[int], Tensor] | None = None
 
     def cover(self, optimizer: torch.optim.Optimizer) -> bool:

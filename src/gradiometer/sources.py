@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import parallel
 from .autodiff.functional import examples
@@ -24,6 +25,8 @@ from .errors import SampleSkippedError, UnsupportedError
 from .linalg import accumulation_dtype, squared_norms
 from .snapshot import Chunks
 
+FEWEST_NORMALISED = 8
+"""Examples in a piece that batch norm normalises: over fewer, the noise is that of the normalisation."""
 NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _ACCUMULATE = "Accumulate over two or more micro-batches (Lightning: accumulate_grad_batches=2)"
 
@@ -75,7 +78,9 @@ class Preconditioner:
             wide = second.to(torch.promote_types(second.dtype, torch.float32))
             steps = torch.as_tensor(state["step"])  # on the device for some kinds: nobody waits for it
             corrected = wide / (1 - group["betas"][1] ** steps.to(accumulation_dtype(steps.device)))
-            self._factors[id(parameter)] = corrected.sqrt_().add_(group["eps"]).reciprocal_()
+            factor = corrected.sqrt().add_(group["eps"]).reciprocal_()
+            # an element that never had a gradient has no scale yet, and 1/eps would drown all others
+            self._factors[id(parameter)] = factor.masked_fill_(wide == 0, 0.0)
         return self._factors[id(parameter)]
 
     def apply(self, parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -477,9 +482,13 @@ class SplitSource(_Source):
         if self.run.batch is None:
             raise no_micro_batch()
         x, y = self.run.batch
-        pieces = min(self.pieces, examples(x))
+        normalised = any(isinstance(m, _BatchNorm) and m.training for m in self.run.model.modules())
+        least = FEWEST_NORMALISED if normalised else 1
+        pieces = min(self.pieces, examples(x) // least)
         if pieces < 2:
-            raise SampleSkippedError("a batch of one example cannot be split", got=examples(x))
+            raise SampleSkippedError(
+                f"a batch is split into two or more pieces of {least} or more examples", got=examples(x)
+            )
         parameters = list(self._trained.values())
         gradients, counts = split_gradients(
             self.run.model, self.run.loss_fn, x, y, pieces, parameters=parameters

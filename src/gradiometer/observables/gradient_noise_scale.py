@@ -349,6 +349,7 @@ class GradientNoiseScale(Observable):
         "scale_lower_bound": Quantity("samples", "Lower end of the 95 % interval of B_simple."),
         "trace": Quantity("loss^2/parameter^2 samples", "Trace of the per-example covariance."),
         "grad_sq_norm": Quantity("loss^2/parameter^2", "Squared norm of the true gradient."),
+        "batch_grad_sq_norm": Quantity("loss^2/parameter^2", "Squared norm of the batch gradient."),
         "critical_batch_fraction": Quantity("1", "B / (B + B_simple), near 1 for wasteful batches."),
         "sgd_scale": Quantity("parameter^2/loss samples", "SGD's g = eps N / 2B with momentum."),
         "temperature": Quantity("loss", "Temperature of SGD's noise per parameter, mean loss."),
@@ -427,12 +428,12 @@ class GradientNoiseScale(Observable):
     def _heat(snapshot: Snapshot) -> dict[str, float]:
         """SGD's noise scale, and the temperature per unit of trace and parameter."""
         first = snapshot.groups[0]
-        alike = {(group.lr, group.momentum) for group in snapshot.groups} == {(first.lr, first.momentum)}
+        alike = len({(group.lr, group.momentum, group.dampening) for group in snapshot.groups}) == 1
         if not alike or not all(group.is_sgd for group in snapshot.groups):
             return {}
         # a summed loss makes every gradient, and so every step, B times that of the mean loss
         own_batch = snapshot.batch_size / world_size()  # processes average their gradients
-        lr = first.lr * (own_batch if snapshot.loss_reduction == "sum" else 1)
+        lr = first.lr * (own_batch if snapshot.loss_reduction == "sum" else 1) * (1 - first.dampening)
         if not snapshot.has("dataset_size"):
             return {"heat": lr / (2 * snapshot.batch_size * (1 - first.momentum))}
         replacement = snapshot.has("replacement") and snapshot.replacement
@@ -473,6 +474,7 @@ class GradientNoiseScale(Observable):
             readings |= {f"{name}/{u}": value for name, value in own.items()}
         trace, signal = traces.sum(-1), signals.sum(-1)
         readings |= {"trace": trace, "grad_sq_norm": signal}
+        readings["batch_grad_sq_norm"] = now["whole"].sum(-1) / now["counted"]
         above, below = trace, signal
         if source:
             all_trace, all_signal = (moment.sum(-1) for moment in _solve(now))
@@ -487,15 +489,16 @@ class GradientNoiseScale(Observable):
         batch = now["batch_size"] / now["counted"]
         readings["critical_batch_fraction"] = Estimate(
             batch / (batch + scale.value),
+            scale.stderr,
             low=None if scale.high is None else float(batch[0] / (batch[0] + scale.high)),
             high=None if scale.low is None else float(batch[0] / (batch[0] + scale.low)),
             resolved=scale.resolved,
         )
         if "sgd_scale" in now:
-            readings["sgd_scale"] = Estimate(now["sgd_scale"] / now["counted"], 0.0)
+            readings["sgd_scale"] = Estimate(_latest("sgd_scale", reference), 0.0)
         if "heat" in now:
             parameters = now[source + "parameters"] / now[source + "counted"]
-            readings["temperature"] = now["heat"] / now["counted"] / parameters * trace
+            readings["temperature"] = _latest("heat", reference) / parameters * trace
         if self.cross_check is not None:
             both, check = (_solve(now, prefix)[0].sum(-1) for prefix in ("both_", "check_"))
             readings["source_ratio"] = check / both
@@ -525,6 +528,12 @@ def _masked(chunks: Chunks | None, like: Chunks) -> dict[str, Tensor]:
     return {name: value * counted for name, value in moments.items()}
 
 
+def _latest(name: str, reference: Reference) -> float:
+    """A setting as it was at the last records, since settings are not averaged."""
+    blocks = reference.block_means
+    return float(blocks[name][-1] / blocks["counted"][-1]) if blocks["counted"][-1] else math.nan
+
+
 def _beside(scale: Estimate, dataset_size: float) -> Estimate:
     """The scale, with a word where it comes near the number of examples there are."""
     value = float(scale.value[0])
@@ -550,7 +559,8 @@ def resolved_scale(trace: Tensor, signal: Tensor, weights: Tensor) -> dict[str, 
     rows = torch.stack([trace, signal], 1)
     covariance = jackknife_covariance(rows[0], rows[1:], weights)
     if not covariance.groups or not bool(rows.isfinite().all()):
-        return {"scale": Estimate(ratio, resolved=False, note="its error is not known yet")}
+        unknown = {"stderr": math.nan, "low": math.nan, "high": math.nan}
+        return {"scale": Estimate(ratio, **unknown, resolved=False, note="its error is not known yet")}
     (var_n, cov), (_, var_d) = covariance.matrix.tolist()
     above, below = rows[0].tolist()
     ends = ratio_interval(above, below, var_n, var_d, cov, t_quantile(covariance.groups))
