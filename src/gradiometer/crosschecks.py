@@ -50,8 +50,8 @@ def disagreements(
         found["fdr/right"] = (
             f"fdr/right, from the update, is {_value(right):.3g} +- {right.stderr:.2g}; "
             f"noise/batch_grad_sq_norm, from the gradient, gives {work[0]:.3g} +- {work[1]:.2g} for the same "
-            "at a stationary state. Something between the gradient and the update changes one of them: clipping "
-            "after before_step(), or a scaled loss."
+            "at a stationary state. Something between the gradient and the update changes one of them: "
+            "clipping after before_step(), or a scaled loss."
         )
     return found
 
