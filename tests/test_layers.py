@@ -21,6 +21,7 @@ ROWS = (
     ("collectors", "batches", "settings"),
     ("sources", "curvature"),
     ("observables", "recorders", "collect"),
+    ("control",),
     ("checks", "verdict", "cost", "crosschecks"),
     ("monitor",),
     ("conformance",),

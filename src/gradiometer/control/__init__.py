@@ -1,0 +1,1 @@
+"""Acting on readings: controllers, what they decide, and how it reaches the run."""
