@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from gradiometer.control import Controller
+from gradiometer.errors import InputError
 from gradiometer.monitor import Monitor
 from gradiometer.observables import Observable
 from gradiometer.recorders import LoggersRecorder
@@ -25,10 +27,12 @@ class DynamicsMonitor(Callback):
     Readings go to every logger on the step axis of the losses, at their own cadence, and to
     ``trainer.callback_metrics`` once they are finite, so that ``EarlyStopping(..., strict=False)`` and
     ``ModelCheckpoint`` can watch them.
-    Weights after training are bit-identical with and without this callback.
+    Weights after training are bit-identical with and without this callback, as long as it has no
+    controllers.
 
     Args:
         observables: What to measure; the default set when left out.
+        controllers: What acts on the readings, such as ``EquilibriumLR()``; what they need is measured, too.
         model: Attribute of the LightningModule that holds the network, such as ``backbone``; the
             module itself when left out. Its ``forward`` maps inputs to outputs ``[N, O]``.
         input_key: Key of the inputs where batches are mappings.
@@ -65,6 +69,7 @@ class DynamicsMonitor(Callback):
         self,
         observables: Sequence[Observable] | None = None,
         *,
+        controllers: Sequence[Controller] = (),
         model: str | None = None,
         input_key: str | None = None,
         target_key: str | None = None,
@@ -86,6 +91,7 @@ class DynamicsMonitor(Callback):
             target_key=target_key,
             output_key=output_key,
             observables=observables,
+            controllers=controllers,
             loss_reduction=loss_reduction,
             loss_fn=loss_fn,
             layers=layers,
@@ -104,13 +110,23 @@ class DynamicsMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the engine on the optimizer that trains."""
+        accumulating = [type(one).__name__ for one in self.session.controllers if one.accumulates]
+        if accumulating and trainer.strategy.handles_gradient_accumulation:
+            raise InputError(
+                f"{accumulating[0]} cannot change how many batches this strategy accumulates by itself",
+                got=type(trainer.strategy).__name__,
+                fix="Give it a sampler=, or use another strategy.",
+            )
         logs = [LoggersRecorder(trainer.loggers, layout=self._layout, prefix=self._prefix)]
         self.session.start(pl_module, trainer.optimizers, recorders=logs, loader=trainer.train_dataloader)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """A micro-batch begins."""
+        """A micro-batch begins; before the first one of a step is when their number may change."""
+        wanted = self.session.accumulation
+        if wanted and batch_idx % wanted == 0 and pl_module.automatic_optimization:
+            trainer.accumulate_grad_batches = wanted
         self.session.begin(batch, step=trainer.global_step, index=batch_idx)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

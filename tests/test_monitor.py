@@ -721,7 +721,7 @@ def test_a_later_state_is_refused():
     with Monitor(model, sgd(model)) as monitor:
         state = monitor.state_dict()
         state["version"] += 1
-        with pytest.raises(InputError, match="monitor states of version 2, got 3"):
+        with pytest.raises(InputError, match="monitor states of version 3, got 4"):
             monitor.load_state_dict(state)
 
 

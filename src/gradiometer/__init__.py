@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 _WHERE = {
+    "Controller": "control",
+    "Decision": "records",
     "Ema": "estimators",
+    "EquilibriumLR": "control",
     "Estimate": "observables",
     "Estimator": "estimators",
     "FluctuationDissipation": "observables",
     "GradientNoiseScale": "observables",
+    "GrowingBatchSampler": "control",
     "HalfRun": "estimators",
     "JSONLinesRecorder": "recorders",
     "JacobianNorm": "observables",
@@ -25,6 +29,7 @@ _WHERE = {
     "Monitor": "monitor",
     "NeuralTangentKernel": "observables",
     "NoiseCurvature": "observables",
+    "NoiseScaleBatchSize": "control",
     "Observable": "observables",
     "Probe": "snapshot",
     "Quantity": "records",
@@ -53,6 +58,7 @@ _WHERE = {
     "log_spaced": "schedules",
     "per_example_grad_norms": "observables",
     "projection_stderr": "observables",
+    "read_decisions": "recorders",
     "read_json_lines": "recorders",
     "relative_drift": "observables",
     "second_fluctuation_dissipation": "observables",
@@ -61,6 +67,10 @@ _WHERE = {
 }
 
 if TYPE_CHECKING:
+    from .control import Controller as Controller
+    from .control import EquilibriumLR as EquilibriumLR
+    from .control import GrowingBatchSampler as GrowingBatchSampler
+    from .control import NoiseScaleBatchSize as NoiseScaleBatchSize
     from .estimators import Ema as Ema
     from .estimators import Estimator as Estimator
     from .estimators import HalfRun as HalfRun
@@ -99,7 +109,9 @@ if TYPE_CHECKING:
     from .recorders import MemoryRecorder as MemoryRecorder
     from .recorders import Recorder as Recorder
     from .recorders import TensorBoardRecorder as TensorBoardRecorder
+    from .recorders import read_decisions as read_decisions
     from .recorders import read_json_lines as read_json_lines
+    from .records import Decision as Decision
     from .records import Quantity as Quantity
     from .records import Reading as Reading
     from .schedules import Schedule as Schedule

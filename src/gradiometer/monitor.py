@@ -14,7 +14,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass, field
 from time import perf_counter
 from typing import Any, Literal, cast
@@ -39,6 +39,8 @@ from .batches import split_batch
 from .checks import check_run, check_settings
 from .collect import COLLECTORS, group_settings
 from .collectors import Collector, LossFunction, Run, no_micro_batch
+from .control import Controller, ControlPanel, View, check_controllers, with_needed
+from .control.panel import GROUP, QUANTITIES
 from .cost import CostLedger
 from .crosschecks import disagreements
 from .errors import (
@@ -52,7 +54,7 @@ from .estimators import Estimator
 from .observables import Observable, default_observables
 from .observables.base import Estimate
 from .recorders import Recorder
-from .records import Quantity, Reading, make_key, quantity_of
+from .records import Decision, Quantity, Reading, make_key, quantity_of
 from .sections import Sections
 from .settings import Settings
 from .snapshot import Probe, Snapshot
@@ -60,7 +62,7 @@ from .statistics import correlated_jackknife, t_quantile
 from .updates import step_was_made
 from .verdict import table
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 _TRIES = 3
 _UNREAD = 256
 _EARLY = {"probe"} | {name for name, kind in COLLECTORS.items() if kind.moment == "before_step"}
@@ -137,6 +139,7 @@ class Monitor:
         model: The model being trained, not wrapped for data parallelism.
         optimizer: Its optimizer. A post-step hook is registered here and removed by :meth:`close`.
         observables: What to measure; the default set when ``None``.
+        controllers: What acts on readings; the observables they need are added.
         recorders: Where readings go: callables ``(step, readings) -> None``.
         forward: Maps ``(model, x)`` to outputs ``[N, O]``. By default ``model(x)``; logits of a mapping,
             the last position of a sequence.
@@ -183,6 +186,7 @@ class Monitor:
         optimizer: torch.optim.Optimizer,
         observables: Sequence[Observable] | None = None,
         *,
+        controllers: Sequence[Controller] = (),
         recorders: Sequence[Recorder] = (),
         forward: Forward | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
@@ -196,9 +200,13 @@ class Monitor:
         on_error: Literal["warn", "raise"] = "warn",
         budget: float | None = None,
     ) -> None:
-        chosen = default_observables() if observables is None else observables
-        check_settings(chosen, loss_reduction, probe_size, prefix, on_error, budget, loss_fn, layers)
+        check_controllers(controllers)
+        wanted = default_observables() if observables is None else observables
+        check_settings(wanted, loss_reduction, probe_size, prefix, on_error, budget, loss_fn, layers)
         check_run(model, optimizer, recorders, forward, dataset_size, replacement)
+        for controller in controllers:
+            controller.check_run(dataset_size)
+        chosen = with_needed(observables, wanted, controllers)
         self.model = model
         self.optimizer = optimizer
         self.step = 0
@@ -214,6 +222,7 @@ class Monitor:
         self._prefix = prefix
         self._on_error = on_error
         self._budget = budget
+        self._acting = tuple(controllers)
         self._replacement = replacement
         self._layers = layers
         self._invariant: list[str] | None = None
@@ -233,6 +242,7 @@ class Monitor:
         self._step_began: float | None = None
         self._probe: Probe | None = None if probe is None else self._given_probe(probe)
         self._probe_is_given = probe is not None
+        self._panel = ControlPanel(controllers, optimizer, self._group_names) if controllers else None
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     # -- the four moments --------------------------------------------------------------------------
@@ -304,8 +314,10 @@ class Monitor:
         """
         if self._begun and not self._due:
             self._ready = True
+            if self._panel is not None:
+                self._panel.rates.refresh()
             return
-        with self._timed("before the step"):
+        with self._timed("before the step"), self._rates_in_force():
             if not self._begun:
                 self._begin_step()
             self._ready = True
@@ -323,6 +335,14 @@ class Monitor:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The optimizer's post-step hook: the update has been made."""
         del args, kwargs
+        try:
+            self._look_at_update(optimizer)
+        finally:
+            if self._panel is not None:
+                self._panel.rates.restore()
+
+    def _look_at_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Measure and record, if a step was made."""
         with self._timed("looking at the optimizer"):
             if not step_was_made(optimizer):  # a fused optimizer is called even where its scaler skips
                 self._abandon_step()
@@ -449,7 +469,7 @@ class Monitor:
     def _snapshot(self, fields: dict[str, Any]) -> Snapshot:
         """The gathered fields, and those that cost nothing."""
         if self._run.sizes:
-            fields["batch_size"] = sum(self._run.sizes) * parallel.world_size()
+            fields["batch_size"] = self._examples()
         if self._replacement is not None:
             fields["replacement"] = self._replacement
         if self._probe is not None:
@@ -493,6 +513,7 @@ class Monitor:
             if slot.failed and not slot.owed:
                 readings += self._unknown(slot)
             slot.seconds += perf_counter() - began
+        self._control(recording, readings)
         if not readings:
             return
         self._share_costs()
@@ -501,20 +522,64 @@ class Monitor:
         if fraction is not None:
             costs["fraction"] = fraction
         readings += [self._reading("cost", _COST, n, value, math.nan, "") for n, value in costs.items()]
+        if self._panel is not None:
+            numbers = self._panel.numbers(self._groups, self._examples())
+            readings += [self._reading(GROUP, QUANTITIES, n, v, 0.0, "") for n, v in numbers.items()]
         self.latest.update({reading.key: reading for reading in readings})
         self._comparable.update({reading.key: reading for reading in readings})
         batch = self._settings.batch * parallel.world_size()
         for key, message in disagreements(self._comparable, self._prefix, self._groups, batch).items():
             self._warn(message, key)
         self._new = (self._new + readings)[-_UNREAD:]
+        self._hand_on(lambda recorder: recorder(self.step, readings))
+
+    def _hand_on(self, call: Callable[[Any], None]) -> None:
+        """Give every recorder something; one that fails is left out."""
         for recorder in list(self._recorders):
             try:
-                recorder(self.step, readings)
+                call(recorder)
             except Exception as error:
                 if self._on_error == "raise":
                     raise
                 self._recorders.remove(recorder)
                 self._warn(f"{type(recorder).__name__} failed and is left out: {error}")
+
+    def _control(self, recording: Sequence[_Slot], readings: Sequence[Reading]) -> None:
+        """Let controllers decide; all processes get here at the same steps, and do the same."""
+        panel, recorded = self._panel, {slot.name for slot in recording}
+        if panel is None or not panel.due(self.step, recorded):
+            return
+        if parallel.world_size() > 1 and not self._together:
+            panel.off = True
+            self._warn("controllers are off: they act on all processes or on none.")
+            return
+        usual = self._settings.batch * parallel.world_size()
+        view = View(
+            step=self.step,
+            readings={reading.key.partition("/")[2]: reading for reading in readings},
+            groups=self._groups,
+            schedule=panel.rates.written(),
+            sections=self._run.sections.sections,
+            batch_size=usual,
+            micro_batches=len(self._run.sizes) if self._examples() == usual else 0,
+            processes=parallel.world_size(),
+            dataset_size=self.dataset_size,
+        )
+        decisions, messages = panel.decide(view, recorded, bool(self._together))
+        for message in messages:
+            self._warn(message)
+        self._hand_on(lambda recorder: getattr(recorder, "record_decisions", _ignore)(decisions))
+
+    def _rates_in_force(self) -> AbstractContextManager[None]:
+        """The learning rates as the optimizer will see them."""
+        return nullcontext() if self._panel is None else self._panel.rates.in_force()
+
+    def _group_names(self) -> list[str]:
+        return [group.name for group in group_settings(self.optimizer)]
+
+    def _examples(self) -> int:
+        """Examples behind this step, of all processes; 0 when unknown."""
+        return sum(self._run.sizes) * parallel.world_size()
 
     def _read(self, slot: _Slot) -> list[Reading]:
         """Close the block, read the averages, and add errors from leaving blocks out."""
@@ -621,12 +686,12 @@ class Monitor:
         self._together = False
         if parallel.world_size() == 1:
             return
-        plan = repr(([slot.observable for slot in self._slots], self._budget, self.step))
+        plan = repr(([slot.observable for slot in self._slots], self._budget, self._acting, self.step))
         self._together = parallel.agree(self._prefix, re.sub(r" at 0x[0-9a-f]+", "", plan))
         if not self._together:
             self._warn(
                 f"not all of the {parallel.world_size()} processes have a monitor with the same "
-                "observables and budget: readings are this process's own. "
+                "observables, controllers and budget: readings are this process's own. "
                 "Build the same Monitor on every rank, and give recorders to rank 0 only."
             )
 
@@ -737,7 +802,8 @@ class Monitor:
         """Double the cadence of the dearest observable while the sum of shares is above the budget."""
         if self._budget is None:
             return
-        shares = self.cost.shares()
+        fixed = self._panel.feeds if self._panel is not None else set()
+        shares = {name: share for name, share in self.cost.shares().items() if name not in fixed}
         names = [slot.name for slot in self._slots]
         over = sum(shares.values()) > self._budget
         dearest = names.index(max(shares, key=lambda name: shares[name])) if over else -1
@@ -798,11 +864,24 @@ class Monitor:
 
     def table(self) -> str:
         """The closing table: reading, error, unit, sentence, cost."""
-        return table(self.latest, self.cost.describe())
+        decided = () if self._panel is None else self._panel.describe()
+        return table(self.latest, self.cost.describe(), decided)
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What controllers have decided: all changes, and the latest 200 refusals."""
+        return () if self._panel is None else tuple(self._panel.decisions)
+
+    @property
+    def accumulation(self) -> int | None:
+        """Micro-batches to accumulate from the next step on; ``None`` where no controller has asked."""
+        return None if self._panel is None else self._panel.accumulation
 
     def close(self) -> None:
-        """Remove the hook and close the recorders; may be called twice."""
+        """Remove the hooks and close the recorders; may be called twice."""
         self._handle.remove()
+        if self._panel is not None:
+            self._panel.close()
         self._close_collectors()
         for recorder in self._recorders:
             finish = getattr(recorder, "close", None)
@@ -835,6 +914,7 @@ class Monitor:
             "probe": probe,
             "scale_invariant": self._invariant,
             "settings": self._settings.state_dict(),
+            "control": None if self._panel is None else self._panel.state_dict(),
             "sections": [astuple(section) for section in self._run.sections.sections],
             "centre": {
                 i: self._run.centre[p] for i, p in enumerate(self._parameters()) if p in self._run.centre
@@ -905,6 +985,23 @@ class Monitor:
             self._restart("parameters")
         if saved:
             self._warn(f"the checkpoint also holds {sorted(saved)}, which this monitor does not measure.")
+        if state["control"] is not None:
+            self._load_control(state["control"])
+
+    def _load_control(self, saved: Mapping[str, Any]) -> None:
+        """Continue with the controllers' memories; say it where a change they made is dropped."""
+        missing = list(saved["controllers"])
+        if self._panel is not None:
+            missing = self._panel.load_state_dict(saved)
+        if missing and saved["changed"]:
+            self._warn(
+                f"the checkpoint holds changes made by {missing}, which this monitor does not have: "
+                "learning rate and batch size go on as the script sets them."
+            )
+
+
+def _ignore(decisions: Sequence[Decision]) -> None:
+    """A recorder that takes no decisions."""
 
 
 def _as_rows(value: Any) -> Tensor:

@@ -24,6 +24,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's number, 0 without a process group."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def agree(name: str, plan: str) -> bool:
     """Whether every process is here with the same plan; all of them get the same answer.
 

@@ -1,4 +1,4 @@
-"""What leaves the engine: readings, their keys and units, and the version of the record format.
+"""What leaves the engine: readings and decisions, their keys and units, and the version of the record format.
 
 Free of torch, so that a dashboard or a report can read records without importing it.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
 
 RECORD_FORMAT = "gradiometer-records"
-RECORD_FORMAT_VERSION = 1
+RECORD_FORMAT_VERSION = 2
+"""2 adds lines with decisions."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,94 @@ class Reading:
     def is_finite(self) -> bool:
         """Whether the value is a plain, finite number."""
         return isinstance(self.value, float) and math.isfinite(self.value)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a controller did at one check, or why it did nothing.
+
+    Args:
+        step: The optimizer step at which it was made; it takes effect at the next one.
+        controller: Name of the controller's class.
+        knob: ``"learning_rate"`` or ``"batch_size"``.
+        rule: What the readings were compared with, in words, with the thresholds.
+        read: Value and standard error of each reading that went into it, by key without the prefix.
+        before: The knob's setting, of the first parameter group it concerns.
+        factor: What the setting is multiplied with from now on; 1 where nothing is done.
+        reason: Why nothing is done, or why this much is.
+        group: The parameter group, empty for all of them.
+        dry_run: Whether it was only said, and the run not changed.
+
+    Example:
+        >>> decision = Decision(
+        ...     step=4300, controller="EquilibriumLR", knob="learning_rate", rule="|fdr/ratio - 1| < 0.05",
+        ...     read={"fdr/ratio": (1.013, 0.004)}, before=0.1, factor=0.1, reason="stationary at 2 checks",
+        ... )
+        >>> decision.acted, decision.after
+        (True, 0.01)
+        >>> print(decision.sentence())
+        step 4300: learning_rate 0.1 -> 0.01: stationary at 2 checks (fdr/ratio 1.013 ± 0.004; rule: |fdr/ratio - 1| < 0.05)
+    """  # noqa: E501
+
+    step: int
+    controller: str
+    knob: str
+    rule: str
+    read: Mapping[str, tuple[float, float]]
+    before: float
+    factor: float = 1.0
+    reason: str = ""
+    group: str = ""
+    dry_run: bool = False
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the readings call for a change."""
+        return self.factor != 1.0
+
+    @property
+    def acted(self) -> bool:
+        """Whether the run is changed."""
+        return self.wanted and not self.dry_run
+
+    @property
+    def after(self) -> float:
+        """The setting that was asked for, to the precision a person would write."""
+        return float(f"{self.before * self.factor:.12g}")
+
+    def sentence(self) -> str:
+        """All of it in one line."""
+        knob = f"{self.knob} of group {self.group}" if self.group else self.knob
+        would = "would go " if self.dry_run and self.wanted else ""
+        move = f"{would}{self.before:g} -> {self.after:g}" if self.wanted else f"stays at {self.before:g}"
+        seen = ", ".join(f"{key} {_with_error(*pair)}" for key, pair in self.read.items())
+        facts = "; ".join([seen] * bool(seen) + [f"rule: {self.rule}"])
+        return f"step {self.step}: {knob} {move}: {self.reason} ({facts})"
+
+    def plain(self) -> dict[str, Any]:
+        """Strings and numbers for JSON and checkpoints; what is not finite is ``None``."""
+        read = {key: [_finite(value) for value in pair] for key, pair in self.read.items()}
+        return {**asdict(self), "read": read}
+
+    @classmethod
+    def from_plain(cls, fields: Mapping[str, Any]) -> Decision:
+        """The inverse of :meth:`plain`.
+
+        Args:
+            fields: What it returned, also after a round trip through JSON.
+        """
+        read = {
+            key: tuple(math.nan if v is None else v for v in pair) for key, pair in fields["read"].items()
+        }
+        return cls(**{**fields, "read": read})
+
+
+def _with_error(value: float, stderr: float) -> str:
+    return f"{value:.4g} ± {stderr:.2g}" if math.isfinite(stderr) and stderr else f"{value:.4g}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def scalars(readings: tuple[Reading, ...] | list[Reading]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from .batches import dataset_size_of, loss_scales, replacement_of, selected_forward
 from .checks import check_settings
+from .control import check_controllers
 from .errors import MeasurementWarning
 from .monitor import Monitor
 from .recorders import Recorder
@@ -53,6 +54,8 @@ class Session:
         **arguments: Any,
     ) -> None:
         settings = {name: value for name, value in arguments.items() if value is not None}
+        self.controllers = settings.pop("controllers", ())
+        check_controllers(self.controllers)
         check_settings(settings.pop("observables", ()), **settings)
         self.arguments = arguments
         self.monitor: Monitor | None = None
@@ -76,11 +79,17 @@ class Session:
             optimizers: Its optimizers; with several nothing is measured, and a warning says so.
             recorders: Where readings go.
             loader: The training loader, for the size of the data set and how batches are drawn.
+
+        Raises:
+            InputError: If a controller cannot act on this run.
         """
         if len(optimizers) != 1:
-            message = f"one optimizer can be measured, got {len(optimizers)}: the monitor is off."
+            off = "the monitor and its controllers are" if self.controllers else "the monitor is"
+            message = f"one optimizer can be measured, got {len(optimizers)}: {off} off."
             warnings.warn(message, MeasurementWarning, stacklevel=2)
             return
+        for controller in self.controllers:
+            controller.check_loader(loader)
         if self.monitor is not None:
             self.monitor.close()
             if self.monitor.model is module and not self._saved:
@@ -104,6 +113,11 @@ class Session:
                     stacklevel=2,
                 )
             self._saved = {}
+
+    @property
+    def accumulation(self) -> int | None:
+        """Micro-batches to accumulate from the next step on; ``None`` where no controller has asked."""
+        return None if self.monitor is None else self.monitor.accumulation
 
     def begin(self, batch: Any, *, step: int, index: int) -> None:
         """A micro-batch begins.

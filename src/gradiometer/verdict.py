@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from .records import Reading
 
@@ -137,12 +137,19 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-def table(readings: Mapping[str, Reading], costs: Mapping[str, str], *, width: int = 118) -> str:
-    """The closing table: reading, value and error, unit, sentence, cost.
+def table(
+    readings: Mapping[str, Reading],
+    costs: Mapping[str, str],
+    decisions: Sequence[str] = (),
+    *,
+    width: int = 118,
+) -> str:
+    """The closing table: reading, value and error, unit, sentence, cost; then what controllers decided.
 
     Args:
         readings: The latest reading of every key; arrays are left out.
         costs: Cost of each group, in words.
+        decisions: What controllers decided, a sentence each.
         width: Columns of the terminal.
 
     Returns:
@@ -179,6 +186,10 @@ def table(readings: Mapping[str, Reading], costs: Mapping[str, str], *, width: i
         text = textwrap.wrap(row[3], rest) or [""]
         lines.append(_line((*row[:3], text[0]), sizes))
         lines.extend(_line(("", "", "", more), sizes) for more in text[1:])
+    if decisions:
+        lines += ["", "decisions"]
+        for decision in decisions:
+            lines += textwrap.wrap(decision, width, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
 
 

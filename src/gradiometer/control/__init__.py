@@ -1,1 +1,19 @@
 """Acting on readings: controllers, what they decide, and how it reaches the run."""
+
+from .base import Controller, Effect, View, check_controllers, with_needed
+from .batch_size import NoiseScaleBatchSize
+from .learning_rate import EquilibriumLR
+from .panel import ControlPanel
+from .sampler import GrowingBatchSampler
+
+__all__ = [
+    "ControlPanel",
+    "Controller",
+    "Effect",
+    "EquilibriumLR",
+    "GrowingBatchSampler",
+    "NoiseScaleBatchSize",
+    "View",
+    "check_controllers",
+    "with_needed",
+]

@@ -10,7 +10,11 @@ from ..records import Reading
 
 @runtime_checkable
 class Recorder(Protocol):
-    """Takes the readings of one step; a ``close`` method, if there is one, is called at the end."""
+    """Takes the readings of one step.
+
+    Two more methods are called where they are there: ``record_decisions(decisions)`` with what controllers
+    decided, and ``close()`` at the end.
+    """
 
     def __call__(self, step: int, readings: Sequence[Reading]) -> None:
         """Keep or show the readings.

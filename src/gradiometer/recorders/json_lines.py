@@ -1,4 +1,4 @@
-"""One JSON object per recording step, behind a header line with the format version."""
+"""One JSON object per recording step and per decision, behind a header line with the format version."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..records import RECORD_FORMAT, RECORD_FORMAT_VERSION, Reading
+from ..records import RECORD_FORMAT, RECORD_FORMAT_VERSION, Decision, Reading
 
 
 class JSONLinesRecorder:
@@ -55,6 +55,11 @@ class JSONLinesRecorder:
         }
         self._write({"step": step, "readings": body})
 
+    def record_decisions(self, decisions: Sequence[Decision]) -> None:
+        """Append a line for each."""
+        for decision in decisions:
+            self._write({"step": decision.step, "decision": decision.plain()})
+
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
@@ -65,7 +70,7 @@ class JSONLinesRecorder:
 
 
 def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a file, header checked.
+    """The readings in a file, header checked.
 
     Args:
         path: A file written by :class:`JSONLinesRecorder`.
@@ -77,6 +82,26 @@ def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         InputError: If the file is something else or of a newer version.
     """
+    return (line for line in _lines(path) if "readings" in line)
+
+
+def read_decisions(path: str | Path) -> Iterator[Decision]:
+    """The decisions in a file, header checked.
+
+    Args:
+        path: A file written by :class:`JSONLinesRecorder`.
+
+    Yields:
+        What controllers decided, refusals included, in the order of the run.
+
+    Raises:
+        InputError: If the file is something else or of a newer version.
+    """
+    return (Decision.from_plain(line["decision"]) for line in _lines(path) if "decision" in line)
+
+
+def _lines(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Every line behind the header."""
     with Path(path).open(encoding="utf-8") as lines:
         try:
             header = json.loads(next(lines, "{}"))

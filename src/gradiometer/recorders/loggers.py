@@ -1,16 +1,16 @@
-"""Hand readings to the loggers of a training framework, whatever they are."""
+"""Hand readings and decisions to the loggers of a training framework, whatever they are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ..records import Reading, scalars
-from .tensorboard import custom_scalars_layout, write_arrays
+from ..records import Decision, Reading, scalars
+from .tensorboard import custom_scalars_layout, write_arrays, write_decisions
 
 
 class LoggersRecorder:
-    """Calls ``log_metrics(dict, step)`` on every logger; TensorBoard also gets kernels and spectra.
+    """Calls ``log_metrics(dict, step)`` on every logger; TensorBoard also gets arrays and decisions.
 
     Loggers are told apart by the name of their class, which serves both namespaces of Lightning and
     imports nothing.
@@ -18,7 +18,7 @@ class LoggersRecorder:
     Args:
         loggers: Objects with ``log_metrics``.
         layout: Also write a custom-scalars layout into TensorBoard.
-        prefix: Prefix of the keys in the layout.
+        prefix: Prefix of the keys in the layout and of the text.
 
     Example:
         >>> class Logger:
@@ -30,6 +30,7 @@ class LoggersRecorder:
 
     def __init__(self, loggers: Sequence[Any], *, layout: bool = False, prefix: str = "dynamics") -> None:
         self._loggers = list(loggers)
+        self._prefix = prefix
         self._boards = [one for one in self._loggers if type(one).__name__ == "TensorBoardLogger"]
         if layout:
             for board in self._boards:
@@ -42,3 +43,8 @@ class LoggersRecorder:
             logger.log_metrics(numbers, step=step)
         for board in self._boards:
             write_arrays(board.experiment, step, readings)
+
+    def record_decisions(self, decisions: Sequence[Decision]) -> None:
+        """Write them as text where there is a TensorBoard."""
+        for board in self._boards:
+            write_decisions(board.experiment, decisions, self._prefix)

@@ -1,4 +1,4 @@
-"""Keep readings in memory, for notebooks and tests."""
+"""Keep readings and decisions in memory, for notebooks and tests."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Sequence
 
 from ..errors import InputError
-from ..records import Reading, scalars
+from ..records import Decision, Reading, scalars
 
 
 class MemoryRecorder:
     """Keeps the last ``max_records`` records.
 
     Args:
-        max_records: Number of recording steps to keep; the oldest are dropped.
+        max_records: Number of recording steps to keep, and of decisions; the oldest are dropped.
 
     Raises:
         InputError: If ``max_records`` is below 1.
@@ -29,10 +29,15 @@ class MemoryRecorder:
         if max_records < 1:
             raise InputError("max_records must be at least 1", got=max_records, fix="Write 1000.")
         self.records: deque[tuple[int, tuple[Reading, ...]]] = deque(maxlen=max_records)
+        self.decisions: deque[Decision] = deque(maxlen=max_records)
 
     def __call__(self, step: int, readings: Sequence[Reading]) -> None:
         """Append one record."""
         self.records.append((step, tuple(readings)))
+
+    def record_decisions(self, decisions: Sequence[Decision]) -> None:
+        """Append what controllers decided at one step."""
+        self.decisions.extend(decisions)
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """Steps and values of one key, errors (``..._stderr``) included.

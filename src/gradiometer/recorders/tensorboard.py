@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..records import Reading, scalars
+from ..records import Decision, Reading, make_key, scalars
 
 _IMAGE_EDGE = 256
 
 
 class TensorBoardRecorder:
-    """Scalars with their errors, kernels as images, spectra as histograms.
+    """Scalars with their errors, kernels as images, spectra as histograms, decisions as text.
 
     Args:
         log_dir: Run directory, or a ``SummaryWriter`` that is already open (it is not closed here).
         layout: Also write a custom-scalars layout that groups the curves. A second layout in one run
             replaces the first, so it is off by default.
-        prefix: Prefix of the keys in the layout.
+        prefix: Prefix of the keys in the layout and of the text.
 
     Raises:
         InputError: If TensorBoard is not installed.
@@ -36,6 +36,7 @@ class TensorBoardRecorder:
     def __init__(self, log_dir: str | Path | Any, *, layout: bool = False, prefix: str = "dynamics") -> None:
         self._owned = isinstance(log_dir, (str, Path))
         self.writer: Any = _writer(log_dir) if isinstance(log_dir, (str, Path)) else log_dir
+        self._prefix = prefix
         if layout:
             self.writer.add_custom_scalars(custom_scalars_layout(prefix))
 
@@ -44,6 +45,10 @@ class TensorBoardRecorder:
         for key, value in scalars(list(readings)).items():
             self.writer.add_scalar(key, value, step)
         write_arrays(self.writer, step, readings)
+
+    def record_decisions(self, decisions: Sequence[Decision]) -> None:
+        """Write them as text."""
+        write_decisions(self.writer, decisions, self._prefix)
 
     def close(self) -> None:
         """Flush, and close the writer if it was opened here."""
@@ -67,6 +72,19 @@ def write_arrays(writer: Any, step: int, readings: Sequence[Reading]) -> None:
             writer.add_image(reading.key, _image(reading.value), step, dataformats="HW")
         elif reading.value.ndim == 1:
             writer.add_histogram(reading.key, reading.value, step)
+
+
+def write_decisions(writer: Any, decisions: Sequence[Decision], prefix: str = "dynamics") -> None:
+    """Decisions as text, one page for each controller's changes and one for its refusals.
+
+    Args:
+        writer: An open ``SummaryWriter``.
+        decisions: What controllers decided at one step.
+        prefix: First part of the tag.
+    """
+    for decision in decisions:
+        name = f"{decision.controller}/{'changes' if decision.wanted else 'refusals'}"
+        writer.add_text(make_key(prefix, "control", name), decision.sentence(), decision.step)
 
 
 def custom_scalars_layout(prefix: str = "dynamics") -> dict[str, dict[str, list[Any]]]:
@@ -99,6 +117,10 @@ def custom_scalars_layout(prefix: str = "dynamics") -> dict[str, dict[str, list[
         "fluctuation and dissipation": ["fdr/left", "fdr/right"],
         "stationary? (fdr ratio)": ["fdr/ratio"],
         "stationary: 1, not: 0": ["fdr/stationary"],
+        "learning rate over its limit": ["control/lr_over_limit"],
+        "learning rate": ["control/learning_rate"],
+        "batch size": ["control/batch_size"],
+        "changes made by controllers": ["control/changes"],
         "cost": ["cost/fraction"],
     }
     losses = {"losses": ["Multiline", [".*loss$"]]}

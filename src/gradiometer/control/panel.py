@@ -1,0 +1,220 @@
+"""The engine's side of control: asks the controllers, keeps their memories, carries out what they decide.
+
+On several processes rank 0 decides and the others follow: they take its decisions and its controllers'
+memories, whatever they have read themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .. import parallel
+from ..records import Decision, Quantity
+from ..snapshot import GroupSettings
+from .base import Controller, State, View
+from .rates import Rates
+
+GROUP = "control"
+QUANTITIES: Mapping[str, Quantity] = {
+    "learning_rate": Quantity("1", "Learning rate in force, of the first parameter group or the one named."),
+    "lr_factor": Quantity("1", "Controllers' factor on the learning rate that the script sets."),
+    "batch_size": Quantity("samples", "Examples behind this step, of all processes."),
+    "changes": Quantity("1", "Changes that controllers have made since the beginning."),
+}
+_REFUSALS = 200
+"""Refusals kept in memory and in checkpoints; changes are all kept, since controllers bound their number."""
+
+
+class ControlPanel:
+    """The controllers of one run.
+
+    Args:
+        controllers: The controllers.
+        optimizer: The optimizer whose learning rates they change.
+        names: Names of its parameter groups, at any time.
+
+    Example:
+        >>> from gradiometer.control.learning_rate import EquilibriumLR
+        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        >>> panel = ControlPanel([EquilibriumLR()], sgd, lambda: ["0"])
+        >>> panel.feeds
+        {'fdr'}
+    """
+
+    def __init__(
+        self,
+        controllers: Sequence[Controller],
+        optimizer: torch.optim.Optimizer,
+        names: Callable[[], Sequence[str]],
+    ) -> None:
+        self.rates = Rates(optimizer)
+        self.decisions: list[Decision] = []
+        self.off = False
+        self._controllers = list(controllers)
+        self._names = names
+        self._states = [controller.start() for controller in controllers]
+        self._changed = 0
+        acting = any("learning_rate" in one.turns() and not one.dry_run for one in controllers)
+        self._hook = optimizer.register_step_pre_hook(self._before_step) if acting else None
+
+    @property
+    def feeds(self) -> set[str]:
+        """Groups of readings that controllers decide by."""
+        return {observable.group for one in self._controllers for observable in one.observables()}
+
+    @property
+    def accumulation(self) -> int | None:
+        """Micro-batches to accumulate from the next step on; ``None`` where that is left to the script."""
+        asked = [one.effect(state).accumulation for one, state in self._acting()]
+        return next((number for number in asked if number is not None), None)
+
+    def _acting(self) -> list[tuple[Controller, State]]:
+        pairs = zip(self._controllers, self._states, strict=True)
+        return [(one, state) for one, state in pairs if not one.dry_run]
+
+    def due(self, step: int, recorded: set[str]) -> bool:
+        """Whether anything is to be decided now; the same on every process.
+
+        Args:
+            step: The optimizer step.
+            recorded: Groups of readings recorded at this step, whether or not that went well.
+        """
+        return not self.off and any(self._is_due(i, step, recorded) for i in range(len(self._controllers)))
+
+    def _is_due(self, index: int, step: int, recorded: set[str]) -> bool:
+        feeds = {observable.group for observable in self._controllers[index].observables()}
+        return step >= self._states[index]["next"] and bool(feeds & recorded)
+
+    def decide(self, view: View, recorded: set[str], together: bool) -> tuple[list[Decision], list[str]]:
+        """One check of every controller that is due.
+
+        Args:
+            view: This step.
+            recorded: As for :meth:`due`.
+            together: Whether all processes are here.
+
+        Returns:
+            What was decided, and what the user must be told once.
+        """
+        alone = not together or parallel.rank() == 0
+        outcome = self._outcome(view, recorded) if alone else None
+        if together:
+            outcome = parallel.share(outcome)
+        assert outcome is not None
+        made, self._states, messages = outcome
+        decisions = [Decision.from_plain(fields) for fields in made]
+        self._changed += sum(decision.acted for decision in decisions)
+        self.decisions = _bounded(self.decisions + decisions)
+        if any(decision.acted for decision in decisions):
+            self._carry_out()
+        return decisions, messages
+
+    def _outcome(self, view: View, recorded: set[str]) -> tuple[list[dict[str, Any]], list[State], list[str]]:
+        """Decisions, memories and messages as plain values; a controller that fails decides nothing."""
+        made: list[dict[str, Any]] = []
+        states, messages = [], []
+        for index, (controller, state) in enumerate(zip(self._controllers, self._states, strict=True)):
+            if self._is_due(index, view.step, recorded):
+                try:
+                    decisions, state, message = controller.decide(view, state)
+                    made += [decision.plain() for decision in decisions]
+                except Exception as error:
+                    state = {**state, "next": view.step + view.steps_per_epoch()}
+                    message = f"{type(controller).__name__} could not decide: {type(error).__name__}: {error}"
+                messages += [message] * bool(message)
+            states.append(state)
+        return made, states, messages
+
+    def _carry_out(self) -> None:
+        """Bring the run to where the memories say it is."""
+        for controller, state in self._acting():
+            controller.apply(state)
+        self._set_factors()
+
+    def _set_factors(self) -> None:
+        effects = [controller.effect(state).factors for controller, state in self._acting()]
+        self.rates.factors = [
+            math.prod(factors.get("", 1.0) * factors.get(name, 1.0) for factors in effects)
+            for name in self._names()
+        ]
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """The optimizer's pre-step hook."""
+        del args, kwargs
+        if self._changed and len(self.rates.factors) != len(optimizer.param_groups):
+            self._set_factors()  # a group that was added later
+        self.rates.multiply()
+
+    def numbers(self, groups: Sequence[GroupSettings], batch_size: int) -> dict[str, float]:
+        """What is recorded at every step that records anything.
+
+        Args:
+            groups: The optimizer's settings, with the rates in force.
+            batch_size: Examples behind this step, 0 when unknown.
+        """
+        factors = list(self.rates.factors) or [1.0] * len(groups)
+        numbers = {
+            "learning_rate": groups[0].lr,
+            "lr_factor": factors[0],
+            "changes": float(self._changed),
+        }
+        if len(set(factors)) > 1:
+            for group, factor in zip(groups, factors, strict=False):
+                numbers |= {f"learning_rate/{group.name}": group.lr, f"lr_factor/{group.name}": factor}
+        return numbers | ({"batch_size": float(batch_size)} if batch_size else {})
+
+    def describe(self) -> list[str]:
+        """The changes and the last refusal of each controller, for the closing table."""
+        lines = [decision.sentence() for decision in self.decisions if decision.wanted]
+        for controller in self._controllers:
+            name = type(controller).__name__
+            refusals = [d for d in self.decisions if d.controller == name and not d.wanted]
+            if refusals:
+                lines.append(f"{name} refused {len(refusals)} times, lastly: {refusals[-1].sentence()}")
+            elif not any(decision.controller == name for decision in self.decisions):
+                lines.append(f"{name} has not come to its first check")
+        return lines
+
+    def close(self) -> None:
+        """Take the hook off and put the rates back."""
+        if self._hook is not None:
+            self._hook.remove()
+        self.rates.restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Memories and decisions, as strings and numbers."""
+        return {
+            "controllers": {
+                type(one).__name__: state for one, state in zip(self._controllers, self._states, strict=True)
+            },
+            "decisions": [decision.plain() for decision in self.decisions],
+            "changed": self._changed,
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[str]:
+        """Continue from :meth:`state_dict`.
+
+        Args:
+            saved: What it returned.
+
+        Returns:
+            Names of controllers that the checkpoint has and this run has not.
+        """
+        memories = dict(saved["controllers"])
+        for index, controller in enumerate(self._controllers):
+            self._states[index] = memories.pop(type(controller).__name__, self._states[index])
+        self.decisions = [Decision.from_plain(fields) for fields in saved["decisions"]]
+        self._changed = saved["changed"]
+        self._carry_out()
+        return sorted(memories)
+
+
+def _bounded(decisions: list[Decision]) -> list[Decision]:
+    """All changes, and the latest refusals."""
+    refusals = [decision for decision in decisions if not decision.wanted]
+    dropped = set(map(id, refusals[:-_REFUSALS]))
+    return [decision for decision in decisions if id(decision) not in dropped]
