@@ -513,7 +513,8 @@ class Monitor:
             if slot.failed and not slot.owed:
                 readings += self._unknown(slot)
             slot.seconds += perf_counter() - began
-        self._control(recording, readings)
+        if self._panel is not None:
+            readings += self._control(self._panel, recording, readings)
         if not readings:
             return
         self._share_costs()
@@ -522,9 +523,6 @@ class Monitor:
         if fraction is not None:
             costs["fraction"] = fraction
         readings += [self._reading("cost", _COST, n, value, math.nan, "") for n, value in costs.items()]
-        if self._panel is not None:
-            numbers = self._panel.numbers(self._groups, self._examples())
-            readings += [self._reading(GROUP, QUANTITIES, n, v, 0.0, "") for n, v in numbers.items()]
         self.latest.update({reading.key: reading for reading in readings})
         self._comparable.update({reading.key: reading for reading in readings})
         batch = self._settings.batch * parallel.world_size()
@@ -544,11 +542,19 @@ class Monitor:
                 self._recorders.remove(recorder)
                 self._warn(f"{type(recorder).__name__} failed and is left out: {error}")
 
-    def _control(self, recording: Sequence[_Slot], readings: Sequence[Reading]) -> None:
-        """Let controllers decide; all processes get here at the same steps, and do the same."""
-        panel, recorded = self._panel, {slot.name for slot in recording}
-        if panel is None or not panel.due(self.step, recorded):
-            return
+    def _control(
+        self, panel: ControlPanel, recording: Sequence[_Slot], readings: Sequence[Reading]
+    ) -> list[Reading]:
+        """Let controllers decide, on all processes at the same steps; what was in force at this one."""
+        numbers = panel.numbers(self._groups, self._examples())
+        recorded = {slot.name for slot in recording}
+        if panel.due(self.step, recorded):
+            self._decide(panel, recorded, readings)
+        numbers["changes"] = float(panel.changes)
+        return [self._reading(GROUP, QUANTITIES, n, v, 0.0, "") for n, v in numbers.items()]
+
+    def _decide(self, panel: ControlPanel, recorded: set[str], readings: Sequence[Reading]) -> None:
+        """One check of the controllers that are due."""
         if parallel.world_size() > 1 and not self._together:
             panel.off = True
             self._warn("controllers are off: they act on all processes or on none.")
@@ -562,7 +568,6 @@ class Monitor:
             sections=self._run.sections.sections,
             batch_size=usual,
             micro_batches=len(self._run.sizes) if self._examples() == usual else 0,
-            processes=parallel.world_size(),
             dataset_size=self.dataset_size,
         )
         decisions, messages = panel.decide(view, recorded, bool(self._together))

@@ -33,7 +33,6 @@ class View:
         sections: Which parameters are read together.
         batch_size: Examples behind a step of all processes, 0 when unknown.
         micro_batches: Micro-batches behind a step of one process; 0 where this step was not as usual.
-        processes: Number of training processes.
         dataset_size: Examples in the training set, where it is known.
     """
 
@@ -44,7 +43,6 @@ class View:
     sections: Sequence[Section] = ()
     batch_size: int = 0
     micro_batches: int = 1
-    processes: int = 1
     dataset_size: int | None = None
 
     def number(self, key: str) -> float:

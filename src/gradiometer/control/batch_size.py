@@ -53,8 +53,8 @@ class NoiseScaleBatchSize(Controller):
         kappa: The batch that is aimed at, in noise scales. At 1 a run takes twice the fewest steps that any
             batch would take, and twice the fewest examples.
         learning_rate: What goes with a doubled batch: ``"keep"`` lets the noise fall, as a decayed rate
-            would; ``"optimal"`` follows the best rate :math:`\epsilon(B) \propto 1 / (1 + B_{noise} / B)`, for
-            optimizers other than SGD its square root; ``"noise"`` doubles the rate, so that
+            would; ``"optimal"`` follows the best rate, :math:`\epsilon(B) \propto 1 / (1 + B_{noise} / B)`,
+            for optimizers other than SGD its square root; ``"noise"`` doubles the rate, so that
             :math:`g = \epsilon N / 2B` stays the same.
         check_every: Steps between checks.
         patience: Checks in a row that must call for more.

@@ -57,7 +57,7 @@ class ControlPanel:
         self._controllers = list(controllers)
         self._names = names
         self._states = [controller.start() for controller in controllers]
-        self._changed = 0
+        self.changes = 0
         acting = any("learning_rate" in one.turns() and not one.dry_run for one in controllers)
         self._hook = optimizer.register_step_pre_hook(self._before_step) if acting else None
 
@@ -107,7 +107,7 @@ class ControlPanel:
         assert outcome is not None
         made, self._states, messages = outcome
         decisions = [Decision.from_plain(fields) for fields in made]
-        self._changed += sum(decision.acted for decision in decisions)
+        self.changes += sum(decision.acted for decision in decisions)
         self.decisions = _bounded(self.decisions + decisions)
         if any(decision.acted for decision in decisions):
             self._carry_out()
@@ -145,23 +145,19 @@ class ControlPanel:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The optimizer's pre-step hook."""
         del args, kwargs
-        if self._changed and len(self.rates.factors) != len(optimizer.param_groups):
+        if self.changes and len(self.rates.factors) != len(optimizer.param_groups):
             self._set_factors()  # a group that was added later
         self.rates.multiply()
 
     def numbers(self, groups: Sequence[GroupSettings], batch_size: int) -> dict[str, float]:
-        """What is recorded at every step that records anything.
+        """What was in force at this step; call it before anything is decided.
 
         Args:
             groups: The optimizer's settings, with the rates in force.
             batch_size: Examples behind this step, 0 when unknown.
         """
         factors = list(self.rates.factors) or [1.0] * len(groups)
-        numbers = {
-            "learning_rate": groups[0].lr,
-            "lr_factor": factors[0],
-            "changes": float(self._changed),
-        }
+        numbers = {"learning_rate": groups[0].lr, "lr_factor": factors[0]}
         if len(set(factors)) > 1:
             for group, factor in zip(groups, factors, strict=False):
                 numbers |= {f"learning_rate/{group.name}": group.lr, f"lr_factor/{group.name}": factor}
@@ -192,7 +188,7 @@ class ControlPanel:
                 type(one).__name__: state for one, state in zip(self._controllers, self._states, strict=True)
             },
             "decisions": [decision.plain() for decision in self.decisions],
-            "changed": self._changed,
+            "changed": self.changes,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[str]:
@@ -208,7 +204,7 @@ class ControlPanel:
         for index, controller in enumerate(self._controllers):
             self._states[index] = memories.pop(type(controller).__name__, self._states[index])
         self.decisions = [Decision.from_plain(fields) for fields in saved["decisions"]]
-        self._changed = saved["changed"]
+        self.changes = saved["changed"]
         self._carry_out()
         return sorted(memories)
 

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 from weakref import ref
 
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from ..errors import InputError
 
@@ -19,15 +19,16 @@ class GrowingBatchSampler(Sampler[list[int]]):
     ``prefetch_factor * num_workers`` batches in advance; these keep their size. Within an epoch no example is
     lost or repeated by a change.
 
-    ``len()`` counts the batches of the epoch under way: those drawn, and the rest at the present size. Between
-    epochs it is the length of the next one; only where the loader keeps its iterator (persistent workers,
-    Lightning) it stays that of the last one until the next begins.
+    ``len()`` counts the batches of the epoch under way: those drawn, and the rest at the present size.
+    Between epochs it is the length of the next one; where the iterator is kept (persistent workers,
+    Lightning), it stays that of the last one until the next begins.
 
     Args:
         sampler: Draws the examples, such as ``RandomSampler(dataset)``; on several processes
             ``DistributedSampler(dataset)``. Frameworks call its ``set_epoch``.
         batch_size: Examples in a batch, per process.
-        drop_last: Whether to leave out a last batch that is shorter than the size at that time.
+        drop_last: Whether to leave out a last batch that is shorter than the size at that time. A growth near
+            the end of an epoch then ends it at once.
 
     Shapes:
         Each batch is a list of at most ``batch_size`` indices.
@@ -111,23 +112,19 @@ class _Epoch(Iterator[list[int]]):
 
 def _check_sampler(sampler: object) -> None:
     """Refuse what does not draw single examples, and say what to write instead."""
-    if isinstance(sampler, IterableDataset) or (
-        isinstance(sampler, DataLoader) and isinstance(sampler.dataset, IterableDataset)
-    ):
-        fix = "A stream has no sampler: form the batches in the dataset, or accumulate gradients."
-    elif isinstance(sampler, DataLoader):
-        fix = (
-            "Write sampler = GrowingBatchSampler(RandomSampler(dataset), 32) and then "
-            "DataLoader(dataset, batch_sampler=sampler), since a loader keeps the batch size it was made with."
-        )
-    elif isinstance(sampler, Dataset):
-        fix = "Write GrowingBatchSampler(RandomSampler(dataset), 32)."
-    elif isinstance(sampler, (BatchSampler, GrowingBatchSampler)):
-        fix = "It makes batches itself: pass its own sampler, as GrowingBatchSampler(batches.sampler, 32)."
-    elif isinstance(sampler, Sampler):
+    makes_batches = isinstance(sampler, (BatchSampler, GrowingBatchSampler))
+    if isinstance(sampler, Sampler) and not makes_batches:
         return
+    dataset = sampler.dataset if isinstance(sampler, DataLoader) else sampler
+    if isinstance(dataset, IterableDataset):
+        fix = "A stream has no sampler: form its batches in the dataset, or accumulate gradients."
+    elif makes_batches:
+        fix = "This one draws batches: pass its own sampler, GrowingBatchSampler(batches.sampler, 32)."
     else:
-        fix = "Write GrowingBatchSampler(RandomSampler(dataset), 32)."
+        fix = (
+            "Write sampler = GrowingBatchSampler(RandomSampler(dataset), 32) and "
+            "DataLoader(dataset, batch_sampler=sampler)."
+        )
     raise InputError(
         "GrowingBatchSampler needs a sampler that draws single examples", got=type(sampler).__name__, fix=fix
     )
