@@ -23,6 +23,7 @@ _WHERE = {
     "HalfRun": "estimators",
     "JSONLinesRecorder": "recorders",
     "JacobianNorm": "observables",
+    "JacobianRegularizer": "control",
     "Last": "estimators",
     "Mean": "estimators",
     "MemoryRecorder": "recorders",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from .control import Controller as Controller
     from .control import EquilibriumLR as EquilibriumLR
     from .control import GrowingBatchSampler as GrowingBatchSampler
+    from .control import JacobianRegularizer as JacobianRegularizer
     from .control import NoiseScaleBatchSize as NoiseScaleBatchSize
     from .estimators import Ema as Ema
     from .estimators import Estimator as Estimator

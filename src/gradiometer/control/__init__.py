@@ -2,6 +2,7 @@
 
 from .base import Controller, Effect, View, check_controllers, with_needed
 from .batch_size import NoiseScaleBatchSize
+from .jacobian_regularizer import JacobianRegularizer
 from .learning_rate import EquilibriumLR
 from .panel import ControlPanel
 from .sampler import GrowingBatchSampler
@@ -12,6 +13,7 @@ __all__ = [
     "Effect",
     "EquilibriumLR",
     "GrowingBatchSampler",
+    "JacobianRegularizer",
     "NoiseScaleBatchSize",
     "View",
     "check_controllers",

@@ -40,10 +40,10 @@ class GrowingBatchSampler(Sampler[list[int]]):
         InputError: If ``sampler`` does not draw single examples, or a size is not a positive whole number.
 
     Example:
-        >>> data = torch.utils.data.TensorDataset(torch.arange(10))
-        >>> sampler = GrowingBatchSampler(torch.utils.data.SequentialSampler(data), 2)
-        >>> loader = torch.utils.data.DataLoader(data, batch_sampler=sampler)
-        >>> for (x,) in loader:
+        >>> from torch.utils.data import SequentialSampler
+        >>> sampler = GrowingBatchSampler(SequentialSampler(range(10)), 2)
+        >>> loader = DataLoader(range(10), batch_sampler=sampler)
+        >>> for x in loader:
         ...     print(x.tolist(), len(loader))
         ...     sampler.batch_size = 4
         [0, 1] 5

@@ -1,0 +1,249 @@
+"""Where decisions go: JSON lines, TensorBoard, checkpoints, the closing table."""
+
+import io
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.nn import functional as F
+
+from gradiometer import (
+    Controller,
+    Decision,
+    JSONLinesRecorder,
+    MemoryRecorder,
+    Monitor,
+    Observable,
+    Quantity,
+    Reading,
+    TensorBoardRecorder,
+    read_decisions,
+    read_json_lines,
+)
+from gradiometer.control import Effect, View
+from gradiometer.control.panel import QUANTITIES
+from gradiometer.errors import MeasurementWarning
+
+
+def decision(step, factor=1.0, **more):
+    read = {"fdr/ratio": (1.01, 0.002), "noise/scale": (math.nan, math.nan)}
+    return Decision(step, "Some", "learning_rate", "a rule", read, 0.1, factor, "a reason", **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock(Observable):
+    group = "clock"
+    quantities = {"step": Quantity("steps", "What time it is.")}
+
+    def levels(self, snapshot):
+        return {"step": torch.tensor(float(snapshot.step))}
+
+    def readings(self, now, reference):
+        return {"step": now["step"]}
+
+
+@dataclass(frozen=True)
+class EverySecond(Controller):
+    """Halves the rate of one group, or of all, at every second check."""
+
+    knobs = ("learning_rate",)
+    dry_run: bool = False
+    group: str = ""
+    rule: str = "an even step"
+
+    def observables(self):
+        return (Clock(schedule=1),)
+
+    def start(self):
+        return {"next": 2, "factor": 1.0}
+
+    def effect(self, state):
+        return Effect({self.group: state["factor"]})
+
+    def decide(self, view, state):
+        factor = 0.5 if view.step % 2 == 0 else 1.0
+        made = Decision(
+            step=view.step,
+            controller="EverySecond",
+            knob="learning_rate",
+            rule=self.rule,
+            read=view.seen("clock/step", "clock/nothing"),
+            before=view.groups[0].lr,
+            factor=factor,
+            reason="it is time" if factor < 1 else "it is not time",
+            group=self.group,
+            dry_run=self.dry_run,
+        )
+        return [made], {"next": view.step + 1, "factor": state["factor"] * factor}, ""
+
+
+def network():
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    return net, torch.optim.SGD([{"params": [net.weight]}, {"params": [net.bias]}], lr=0.1)
+
+
+def train(monitor, steps=6):
+    for _ in range(steps):
+        with monitor.micro_batch(torch.ones(4, 3), torch.zeros(4, dtype=torch.long)):
+            F.cross_entropy(monitor.model(torch.ones(4, 3)), torch.zeros(4, dtype=torch.long)).backward()
+        monitor.before_step()
+        monitor.optimizer.step()
+        monitor.optimizer.zero_grad()
+    return monitor
+
+
+def test_a_decision_survives_json_and_says_what_it_is():
+    for one in (
+        decision(3),
+        decision(4, 0.5),
+        decision(5, 0.5, dry_run=True),
+        decision(6, 0.5, group="head"),
+    ):
+        back = Decision.from_plain(one.plain())
+        assert back.sentence() == one.sentence()
+        assert (back.wanted, back.acted, back.after) == (one.wanted, one.acted, one.after)
+    assert decision(3).sentence().startswith("step 3: learning_rate stays at 0.1: a reason")
+    assert "learning_rate of group head 0.1 -> 0.05" in decision(6, 0.5, group="head").sentence()
+    assert "would go 0.1 -> 0.05" in decision(5, 0.5, dry_run=True).sentence()
+    assert "fdr/ratio 1.01 ± 0.002" in decision(3).sentence()
+
+
+def test_every_decision_is_in_every_place(tmp_path):
+    memory, lines, board = MemoryRecorder(), JSONLinesRecorder(tmp_path / "run.jsonl"), tmp_path / "board"
+    monitor = Monitor(
+        *network(),
+        [],
+        controllers=[EverySecond()],
+        recorders=[memory, lines, TensorBoardRecorder(board)],
+    )
+    train(monitor)
+    table = monitor.table()
+    monitor.close()
+    made = list(monitor.decisions)
+    assert [(one.step, one.factor) for one in made] == [(2, 0.5), (3, 1.0), (4, 0.5), (5, 1.0)]
+    assert list(memory.decisions) == made
+    assert [one.sentence() for one in read_decisions(tmp_path / "run.jsonl")] == [
+        one.sentence() for one in made
+    ]
+    assert [line["step"] for line in read_json_lines(tmp_path / "run.jsonl")] == list(range(6))
+    events = EventAccumulator(str(board)).Reload()
+    texts = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
+    changes = texts["dynamics/control/EverySecond/changes/text_summary"]
+    assert [event.step for event in changes] == [2, 4]
+    assert "0.1 -> 0.05" in changes[0].tensor_proto.string_val[0].decode()
+    assert [e.step for e in texts["dynamics/control/EverySecond/refusals/text_summary"]] == [3, 5]
+    marks = [(event.step, event.value) for event in events.Scalars("dynamics/control/changes")]
+    assert marks == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
+    assert [event.value for event in events.Scalars("dynamics/control/learning_rate")] == pytest.approx(
+        [0.1, 0.1, 0.1, 0.05, 0.05, 0.025]
+    )
+    decided = table[table.index("decisions") :]
+    assert "step 2: learning_rate 0.1 -> 0.05: it is time" in decided
+    assert "EverySecond refused 2 times, lastly: step 5:" in decided
+
+
+def test_a_rank_of_groups_is_shown_where_they_differ():
+    memory = MemoryRecorder()
+    train(Monitor(*network(), [], controllers=[EverySecond(group="1")], recorders=[memory]))
+    latest = {
+        key.partition("control/")[2]: r.value for key, r in memory.latest().items() if "control/" in key
+    }
+    assert latest["learning_rate"] == latest["learning_rate/0"] == 0.1
+    assert latest["learning_rate/1"] == 0.025
+    assert (latest["lr_factor/0"], latest["lr_factor/1"]) == (1.0, 0.25)
+
+
+def test_readings_of_the_engine_have_their_quantities():
+    memory = MemoryRecorder()
+    train(Monitor(*network(), [], controllers=[EverySecond()], recorders=[memory]))
+    own = {key: r for key, r in memory.latest().items() if "/control/" in key}
+    assert {key.split("/")[2] for key in own} == set(QUANTITIES)
+    for key, reading in own.items():
+        assert reading.sentence == QUANTITIES[key.split("/")[2]].sentence
+    assert own["dynamics/control/batch_size"].value == 4.0
+
+
+def test_a_checkpoint_holds_them_and_loads_with_weights_only():
+    first = train(Monitor(*network(), [], controllers=[EverySecond()]))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = Monitor(*network(), [], controllers=[EverySecond()])
+    second.load_state_dict(torch.load(file, weights_only=True))
+    assert second.decisions == first.decisions
+    train(second, 2)
+    assert [one.before for one in second.decisions[-2:]] == [0.025, 0.0125]
+
+
+def test_a_checkpoint_without_the_controller_is_told():
+    first = train(Monitor(*network(), [], controllers=[EverySecond()]))
+    bare = Monitor(*network(), [Clock(schedule=1)])
+    with pytest.warns(MeasurementWarning, match=r"changes made by \['EverySecond'\]"):
+        bare.load_state_dict(first.state_dict())
+    unchanged = train(Monitor(*network(), [], controllers=[EverySecond(dry_run=True)]))
+    Monitor(*network(), [Clock(schedule=1)]).load_state_dict(unchanged.state_dict())
+
+
+def test_a_group_that_comes_later_has_the_factor_of_all():
+    net, optimizer = network()
+    extra = nn.Parameter(torch.ones(2))
+    monitor = train(Monitor(net, optimizer, [], controllers=[EverySecond()]), 4)
+    optimizer.add_param_group({"params": [extra], "lr": 0.4})
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append([g["lr"] for g in optimizer.param_groups]))
+    train(monitor, 1)
+    assert seen == [[0.05, 0.05, 0.2]]
+
+
+def test_closing_puts_the_rates_back_and_takes_the_hooks_off():
+    net, optimizer = network()
+    monitor = train(Monitor(net, optimizer, [], controllers=[EverySecond()]))
+    monitor.close()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+    plain = Monitor(*network(), [Clock(schedule=1)])
+    assert not plain.optimizer._optimizer_step_pre_hooks
+    assert plain.decisions == ()
+    assert plain.accumulation is None
+
+
+def test_a_recorder_that_fails_on_decisions_is_left_out():
+    class Picky(MemoryRecorder):
+        def record_decisions(self, decisions):
+            raise OSError("disk full")
+
+    monitor = Monitor(*network(), [], controllers=[EverySecond()], recorders=[Picky()])
+    with pytest.warns(MeasurementWarning, match="Picky failed and is left out: disk full"):
+        train(monitor)
+    assert len(monitor.decisions) == 4
+
+
+def test_a_recorder_that_knows_no_decisions_is_served_as_before():
+    seen = []
+    monitor = Monitor(
+        *network(), [], controllers=[EverySecond()], recorders=[lambda step, readings: seen.append(step)]
+    )
+    train(monitor)
+    assert seen == list(range(6))
+
+
+def test_all_changes_are_kept_and_the_latest_refusals():
+    monitor = train(Monitor(*network(), [], controllers=[EverySecond()]), 620)
+    kept = monitor.decisions
+    assert sum(one.wanted for one in kept) == 309
+    refusals = [one.step for one in kept if not one.wanted]
+    assert refusals == list(range(221, 620, 2))
+    assert [one.step for one in kept] == sorted(one.step for one in kept)
+
+
+def test_a_controller_may_look_at_what_is_not_there():
+    reading = Reading("dynamics/clock/step", 3.0)
+    view = View(0, {"clock/step": reading}, [], [])
+    assert view.number("clock/step") == 3.0
+    assert math.isnan(view.number("clock/nothing"))
+    assert list(view.seen("clock/step", "clock/nothing")) == ["clock/step"]
