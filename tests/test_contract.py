@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import gradiometer
 from gradiometer import MemoryRecorder, Monitor, Observable, Snapshot
 from gradiometer.collect import COLLECTORS
+from gradiometer.control.panel import GROUP, QUANTITIES
 from gradiometer.errors import MissingFieldError
 from gradiometer.observables import DEFAULT_OBSERVABLES, OBSERVABLES, default_observables
 from gradiometer.schedules import Schedule
@@ -67,7 +68,8 @@ def test_every_reading_has_a_row_in_the_docs(kind):
         plain = row[2].replace("²", "^2")
         assert plain == quantity.unit, (name, row[2], quantity.unit)
         assert quantity.sentence.endswith(".")
-    mine = {key for key in table if key.startswith(f"`dynamics/{kind.group}/")}
+    controllers = {f"`dynamics/{GROUP}/{name}`" for name in QUANTITIES}
+    mine = {key for key in table if key.startswith(f"`dynamics/{kind.group}/")} - controllers
     assert mine == {f"`dynamics/{kind.group}/{name}`" for name in kind.quantities}
 
 
@@ -90,6 +92,8 @@ def test_functions_of_the_public_table_are_the_expected_ones():
         "second_fluctuation_dissipation",
         "sgd_noise_scale",
         "shuffling_factor",
+        "stability_limit",
+        "suggest_learning_rate",
     ]
 
 
@@ -214,25 +218,24 @@ NEEDS = {
     "step_curvature": r"Monitor\(loss_fn=\.\.\.\)",
     "update": r"monitor\.before_step\(\) before the optimizer's step",
     "weights": r"the optimizer's step itself",
+    "parameter_steps": r"the optimizer's step itself",
 }
 
 
 @pytest.mark.parametrize("kind", OBSERVABLES)
 def test_a_missing_field_is_named_with_the_call_that_supplies_it(kind):
-    observable, snapshot = kind(), Snapshot(step=7)
+    observable = kind()
     named = set()
-    for method, needs in ((observable.statistics, observable.required(False)), (observable.levels, None)):
-        if needs is None:
-            needs = kind.level_needs
-        if not needs:
-            continue
-        with pytest.raises(MissingFieldError, match=r"the snapshot of step 7 has no '(\w+)'") as caught:
-            method(snapshot)
-        field = re.search(r"no '(\w+)'", str(caught.value)).group(1)
-        if field == "model":  # asked for before the probe
-            with pytest.raises(MissingFieldError) as caught:
-                method(Snapshot(step=7, model=network()))
+    for method, needs in (
+        (observable.statistics, observable.required(False)),
+        (observable.levels, kind.level_needs),
+    ):
+        fields = {"model": network()}
+        for _ in needs:
+            with pytest.raises(MissingFieldError, match=r"the snapshot of step 7 has no '(\w+)'") as caught:
+                method(Snapshot(step=7, **fields))
             field = re.search(r"no '(\w+)'", str(caught.value)).group(1)
-        named.add(field)
-        assert re.search(NEEDS[field], str(caught.value))
+            fields[field] = None
+            named.add(field)
+            assert re.search(NEEDS[field], str(caught.value))
     assert named == observable.required(True)

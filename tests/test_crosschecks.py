@@ -38,8 +38,8 @@ def readings(**changed):
     return {reading.key: reading for reading in table.values()}
 
 
-def found(table, *groups, batch=8):
-    return disagreements(table, "d", groups or (PLAIN,), batch)
+def found(table, *groups):
+    return disagreements(table, "d", groups or (PLAIN,))
 
 
 def test_readings_that_agree_are_not_mentioned():
@@ -72,26 +72,25 @@ def test_decay_acts_on_the_update_alone():
 
 
 @pytest.mark.parametrize(
-    ("changed", "groups", "batch"),
+    ("changed", "groups"),
     [
-        ({}, (replace(PLAIN, momentum=0.9),), 8),
-        ({}, (replace(PLAIN, is_sgd=False),), 8),
-        ({}, (PLAIN, replace(PLAIN, lr=0.01)), 8),
-        ({}, (PLAIN, replace(PLAIN, weight_decay=0.1)), 8),
-        ({}, (PLAIN,), 0),
-        ({"fdr__stationary": {"value": 0.0}}, (PLAIN,), 8),
-        ({"fdr__stationary": {"value": math.nan}}, (PLAIN,), 8),
-        ({"fdr__stationary": None}, (PLAIN,), 8),
-        ({"noise__batch_grad_sq_norm": None}, (PLAIN,), 8),
-        ({"noise__batch_grad_sq_norm": {"note": NOTE.replace("100", "70")}}, (PLAIN,), 8),
-        ({"noise__batch_grad_sq_norm": {"note": NOTE.replace("mean", "sum")}}, (PLAIN,), 8),
-        ({"noise__batch_grad_sq_norm": {"value": math.nan}}, (PLAIN,), 8),
+        ({}, (replace(PLAIN, momentum=0.9),)),
+        ({}, (replace(PLAIN, is_sgd=False),)),
+        ({}, (PLAIN, replace(PLAIN, lr=0.01))),
+        ({}, (PLAIN, replace(PLAIN, weight_decay=0.1))),
+        ({"fdr__stationary": {"value": 0.0}}, (PLAIN,)),
+        ({"fdr__stationary": {"value": math.nan}}, (PLAIN,)),
+        ({"fdr__stationary": None}, (PLAIN,)),
+        ({"noise__batch_grad_sq_norm": None}, (PLAIN,)),
+        ({"noise__batch_grad_sq_norm": {"note": NOTE.replace("100", "70")}}, (PLAIN,)),
+        ({"noise__batch_grad_sq_norm": {"note": NOTE.replace("mean", "sum")}}, (PLAIN,)),
+        ({"noise__batch_grad_sq_norm": {"value": math.nan}}, (PLAIN,)),
     ],
 )
-def test_where_it_is_no_relation_nothing_is_said(changed, groups, batch):
+def test_where_it_is_no_relation_nothing_is_said(changed, groups):
     wrong = {"fdr__right": {"value": 2.0}}
     assert found(readings(**wrong)) != {}
-    assert found(readings(**wrong, **changed), *groups, batch=batch) == {}
+    assert found(readings(**wrong, **changed), *groups) == {}
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,61 @@ def test_auto_splits_a_batch_that_batch_norm_couples():
     loop.check(*by_formula(means, [8] * 2), "split batch", rel=1e-9)
 
 
+class Functional(nn.Module):
+    """A linear map without a rule before one that has one."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.head = nn.Parameter(torch.randn(hidden, P)), nn.Linear(hidden, 1, bias=False)
+        self.head.requires_grad_(hidden > 1)
+
+    def forward(self, x):
+        return self.head(torch.tanh(x @ self.weight.mT))
+
+
+@pytest.mark.parametrize(
+    ("extra", "hidden", "source"),
+    [
+        (0, 1, "split batch"),  # nothing is seen
+        (0, 4, "split batch"),  # 4 of 24
+        (20, 4, "per example"),  # 24 of 44
+    ],
+)
+def test_auto_splits_where_single_examples_are_seen_of_less_than_half(extra, hidden, source):
+    class Net(Functional):
+        def __init__(self):
+            super().__init__(hidden)
+            self.more = nn.Linear(P, extra // P, bias=False) if extra else None
+
+        def forward(self, x):
+            return super().forward(x) + (self.more(x).sum(1, keepdim=True) if self.more else 0.0)
+
+    def mean_square(model, x):
+        return F.mse_loss(model(x), x[:, :1])
+
+    model, x = Net().double(), draws(24, P)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    seen = [p for p in trained if source == "split batch" or p is not model.weight]
+    rows = [
+        torch.cat([g.reshape(-1) for g in torch.autograd.grad(mean_square(model, part), seen)])
+        for part in x.split(3 if source == "split batch" else 1)
+    ]
+    expected = by_formula(torch.stack(rows), [24 // len(rows)] * len(rows))
+    loop = Loop(model, optimizer=torch.optim.SGD(trained, lr=0.0), loss_fn=F.mse_loss)
+    with loop.monitor.micro_batch(x, x[:, :1]):
+        mean_square(model, x).backward()
+    loop.monitor.before_step()
+    loop.optimizer.step()
+    loop.check(*expected, source, rel=1e-9)
+
+
+def test_without_the_loss_few_seen_parameters_are_better_than_none():
+    loop = Loop(Functional(4).double())
+    loop.step([draws(8, P)], mean_output)
+    assert "per example, loss_reduction=mean, over 17 % of parameters" in loop.reading("trace").note
+
+
 def test_without_the_loss_batch_norm_is_refused():
     with pytest.raises(UnsupportedError, match=r"'1' \(BatchNorm1d\) is in train mode and couples"):
         Loop(network(nn.BatchNorm1d(6))).step([draws(8, P)])
@@ -305,6 +360,46 @@ def test_norm_layers_and_their_calibration():
     expected = factor * scales["cheap"]
     scale = loop.value("scale")
     assert scale == pytest.approx(expected, rel=1e-9) or (math.isnan(scale) and expected < 0)
+
+
+def test_under_norm_layers_the_batch_gradient_is_still_that_of_all():
+    """At the records, where the others are measured too."""
+    model = network(nn.LayerNorm(6))
+    loop = Loop(model, noise(source="norm layers", schedule=2, sampling=1))
+    squares = []
+    for step in range(3):
+        x = draws(8, P, seed=step)
+        squares.append(gradient(model, entropy, x).square().sum().item())
+        loop.step([x])
+    assert loop.value("batch_grad_sq_norm") == pytest.approx((squares[0] + squares[2]) / 2, rel=1e-9)
+
+
+def test_a_check_that_cannot_be_compared_takes_nothing_from_the_calibration():
+    scales = {}
+    for check in (None, "split batch"):
+        model = network(nn.LayerNorm(6))
+        loop = Loop(model, noise(source="norm layers", cross_check=check), loss_fn=F.cross_entropy)
+        for step in range(3):
+            x = draws(8, P, seed=step) + 1
+            with loop.monitor.micro_batch(x, torch.zeros(8, dtype=torch.long)):
+                F.cross_entropy(model(x), torch.zeros(8, dtype=torch.long)).backward()
+            loop.monitor.before_step()
+            loop.optimizer.step()
+            model.zero_grad()
+        scales[check] = [loop.value(name) for name in ("norm_layer_factor", "scale", "trace")]
+    assert math.isnan(loop.value("source_ratio"))
+    assert "not comparable with: split batch" in loop.reading("source_ratio").note
+    assert all(map(math.isfinite, scales[None]))
+    assert scales["split batch"] == pytest.approx(scales[None], rel=1e-12)
+
+
+def test_batches_per_epoch_are_those_of_the_usual_batch():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    loop = Loop(model, optimizer=optimizer, dataset_size=38, replacement=False)
+    for size in (10, 10, 10, 8):
+        loop.step([draws(size, P)])
+    assert loop.reading("temperature").note.endswith("drawn without replacement; 4 batches per epoch")
 
 
 def test_the_temperature_is_per_parameter_of_all():
@@ -693,6 +788,40 @@ def test_other_optimizers_have_no_such_metric(kind):
         Loop(model, noise(preconditioned=True), optimizer=optimizer).step([draws(8, P)])
     with pytest.raises(UnsupportedError, match=message):
         Preconditioner(optimizer)
+
+
+EXTRAS = [
+    ({"preconditioned": True}, ["preconditioned_trace"], "known for Adam and AdamW, got SGD"),
+    ({"cross_check": "split batch"}, ["source_ratio"], "can only be split where the loss is known"),
+    ({"cross_check": "norm layers"}, ["source_ratio"], "none of the layers of source='norm layers'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "names", "message"), EXTRAS)
+def test_an_extra_that_cannot_be_had_is_left_out_alone(settings, names, message):
+    plain, wanting = Loop(network()), Loop(network(), noise(**settings), on_error="warn")
+    with pytest.warns(MeasurementWarning, match=message) as caught:
+        for step in range(3):
+            wanting.step([draws(8, P, seed=step)])
+    assert len(caught) == 1
+    assert "What rests on it is left out; the rest is read." in str(caught[0].message)
+    for step in range(3):
+        plain.step([draws(8, P, seed=step)])
+    for name in ("trace", "grad_sq_norm", "batch_grad_sq_norm"):
+        assert wanting.value(name) == plain.value(name)
+    for name in names:
+        assert len(wanting.memory.series(f"dynamics/noise/{name}")) == 3
+        assert math.isnan(wanting.value(name))
+
+
+def test_where_the_scale_itself_fails_only_what_was_asked_for_is_unknown():
+    loop = Loop(network(nn.BatchNorm1d(6)), noise(cross_check="per example"), on_error="warn")
+    with pytest.warns(MeasurementWarning, match="couples the examples") as caught:
+        loop.step([draws(8, P)])
+    assert len(caught) == 1
+    found = {key.rpartition("/")[2] for key in loop.memory.latest() if "/noise/" in key}
+    absent = {name for name in GradientNoiseScale.quantities if name.startswith("preconditioned")}
+    assert found == set(GradientNoiseScale.quantities) - absent - {"norm_layer_factor"}
 
 
 def test_the_metric_ends_with_its_step():

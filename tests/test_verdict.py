@@ -163,3 +163,23 @@ def test_the_table_where_nothing_moves():
     assert "not decided: the weights do not move." in found["stationary"]
     assert "not measured" in found["ratio"]
     assert "nan" not in run(0.0, 31).table()
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "begins"),
+    [
+        (1.8, 0.1, "beyond the edge of stability: unless the loss falls all the same, divide"),
+        (1.1, 0.1, "at the edge of stability"),
+        (0.95, math.nan, "at the edge of stability"),
+        (0.5, 0.3, "at the edge of stability"),
+        (0.5, 0.1, "stable: full-batch descent would bear 2 times"),
+        (-0.1, 0.0, "no curvature is positive"),
+    ],
+)
+def test_the_learning_rate_over_its_limit(value, stderr, begins):
+    assert sentence(Reading("d/control/lr_over_limit", value, stderr), {}).startswith(begins)
+
+
+def test_a_limit_that_was_not_found():
+    reading = Reading("d/control/lr_over_limit", math.nan, low=0.4, resolved=False)
+    assert sentence(reading, {}) == "not resolved, at least 0.4: the largest curvature was not found."

@@ -25,6 +25,7 @@ _WHERE = {
     "JacobianNorm": "observables",
     "JacobianRegularizer": "control",
     "Last": "estimators",
+    "LearningRateLimit": "observables",
     "Mean": "estimators",
     "MemoryRecorder": "recorders",
     "Monitor": "monitor",
@@ -65,6 +66,8 @@ _WHERE = {
     "second_fluctuation_dissipation": "observables",
     "sgd_noise_scale": "observables",
     "shuffling_factor": "observables",
+    "stability_limit": "observables",
+    "suggest_learning_rate": "observables",
 }
 
 if TYPE_CHECKING:
@@ -85,6 +88,7 @@ if TYPE_CHECKING:
     from .observables import FluctuationDissipation as FluctuationDissipation
     from .observables import GradientNoiseScale as GradientNoiseScale
     from .observables import JacobianNorm as JacobianNorm
+    from .observables import LearningRateLimit as LearningRateLimit
     from .observables import NeuralTangentKernel as NeuralTangentKernel
     from .observables import NoiseCurvature as NoiseCurvature
     from .observables import Observable as Observable
@@ -107,6 +111,8 @@ if TYPE_CHECKING:
     from .observables import second_fluctuation_dissipation as second_fluctuation_dissipation
     from .observables import sgd_noise_scale as sgd_noise_scale
     from .observables import shuffling_factor as shuffling_factor
+    from .observables import stability_limit as stability_limit
+    from .observables import suggest_learning_rate as suggest_learning_rate
     from .recorders import JSONLinesRecorder as JSONLinesRecorder
     from .recorders import MemoryRecorder as MemoryRecorder
     from .recorders import Recorder as Recorder

@@ -120,9 +120,12 @@ def dataset_size_of(loader: Any) -> int | None:
     sampler = _sampler_of(loader)
     if isinstance(sampler, SubsetRandomSampler):
         return len(sampler)
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None:
+        return None
     try:
-        return len(loader.dataset)
-    except (AttributeError, TypeError, NotImplementedError):  # a stream of examples
+        return len(dataset)
+    except (TypeError, NotImplementedError):  # how a stream says that it has no length
         return None
 
 

@@ -13,9 +13,16 @@ from .collectors import Collector, Run
 from .curvature import CurvatureCollector, StepCurvatureCollector
 from .errors import SampleSkippedError, UnsupportedError
 from .linalg import inner_products, squared_norms
-from .snapshot import GroupSettings, Update, Weights, Work
-from .sources import AutoSource, ExampleSource, NormLayerSource, PreconditionerCollector, SplitSource
-from .updates import displacements, rebuilds, squared_displacements
+from .snapshot import GroupSettings, ParameterStep, Update, Weights, Work
+from .sources import (
+    AutoSource,
+    ExampleSource,
+    NormLayerSource,
+    Preconditioner,
+    PreconditionerCollector,
+    SplitSource,
+)
+from .updates import displacements, is_decoupled, rebuilds, squared_displacements
 
 
 class UpdateCollector(Collector):
@@ -163,9 +170,9 @@ class StepFactorCollector(Collector):
         adaptive = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
         if not adaptive and not is_sgd(optimizer):
             raise UnsupportedError(
-                "the kernel under the optimizer's own steps is known for SGD, Adam and AdamW",
+                "how the optimizer makes its steps is known for SGD, Adam and AdamW",
                 got=type(optimizer).__name__,
-                fix="Write NeuralTangentKernel(preconditioned=False).",
+                fix="Leave LearningRateLimit out; write NeuralTangentKernel(preconditioned=False).",
             )
         names = {id(p): name for name, p in self.run.model.named_parameters() if p.requires_grad}
         reference = float(optimizer.param_groups[0]["lr"])
@@ -174,21 +181,60 @@ class StepFactorCollector(Collector):
                 "the first group's learning rate is 0 at this step, and the others cannot be relative to it",
                 fix="This step is left out; put a group that is trained first.",
             )
+        metric = Preconditioner(optimizer) if adaptive else None
         factors: dict[str, float | Tensor] = dict.fromkeys(names.values(), 0.0)
         for group in optimizer.param_groups:
             rate = float(group["lr"]) / reference
             for parameter in group["params"]:
-                name = names.get(id(parameter))
-                if name is None:
-                    continue
-                state = optimizer.state.get(parameter, {})
-                if not adaptive:
-                    factors[name] = rate
-                elif state:
-                    second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-                    corrected = second / (1 - group["betas"][1] ** float(state["step"]))
-                    factors[name] = rate / (corrected.sqrt() + group["eps"])
+                factor = metric.of(parameter) if metric is not None else 1.0
+                if id(parameter) in names and factor is not None:
+                    factors[names[id(parameter)]] = rate * factor
         return factors
+
+
+class ParameterStepCollector(Collector):
+    """How the optimizer makes each parameter's steps; one that it does not move has rate 0.
+
+    A gradient that holds the mean loss c times is that of the mean loss with c times the learning rate and
+    1/c of the L2 coefficient.
+    """
+
+    def result(self) -> dict[str, ParameterStep]:
+        """By parameter name."""
+        optimizer = self.run.optimizer
+        if any(group["maximize"] for group in optimizer.param_groups if "maximize" in group):
+            raise UnsupportedError(
+                "a stable learning rate is known where the optimizer minimises",
+                got="maximize=True",
+                fix="Leave maximize=True out, and train on the negative of the objective.",
+            )
+        names = {id(p): name for name, p in self.run.model.named_parameters()}
+        reference, multiple = float(optimizer.param_groups[0]["lr"]), self.run.loss_multiple
+        factors = StepFactorCollector(self.run).result()
+        steps = {name: ParameterStep(rate=0.0) for name in factors}
+        for group in optimizer.param_groups:
+            decay = float(group["weight_decay"])
+            if is_sgd(optimizer):
+                momentum, nesterov = float(group["momentum"]), bool(group["nesterov"])
+                dampening = float(group["dampening"])
+            else:
+                momentum = dampening = float(group["betas"][0])
+                nesterov = False
+            decoupled = not is_sgd(optimizer) and is_decoupled(optimizer, group)
+            for parameter in group["params"]:
+                name = names.get(id(parameter), "")
+                factor = factors.get(name, 0.0)
+                if isinstance(factor, float) and factor == 0.0:  # not the model's, or not moved
+                    continue
+                steps[name] = ParameterStep(
+                    rate=factor * reference * multiple,
+                    momentum=momentum,
+                    dampening=dampening,
+                    nesterov=nesterov,
+                    weight_decay=0.0 if decoupled else decay / multiple,
+                    shrinkage=float(group["lr"]) * decay if decoupled else 0.0,
+                )
+        return steps
 
 
 COLLECTORS: Mapping[str, type[Collector]] = {
@@ -204,6 +250,7 @@ COLLECTORS: Mapping[str, type[Collector]] = {
     "weights": WeightCollector,
     "centred_weights": CentredWeightCollector,
     "step_factors": StepFactorCollector,
+    "parameter_steps": ParameterStepCollector,
 }
 
 

@@ -38,7 +38,6 @@ class Run:
         grad_scale: Factor still in ``.grad`` at ``before_step``.
         sizes: Examples of each micro-batch of this step so far.
         batch: Inputs and targets of the latest micro-batch.
-        earlier_batch: The same of the latest micro-batch of the step before.
         recording: Whether anything is recorded at this step; only then may a collector wait for the device.
         updates: Optimizer steps seen so far.
         drifts: Steps so far at which a learning rate moved.
@@ -61,7 +60,6 @@ class Run:
     grad_scale: float = 1.0
     sizes: list[int] = field(default_factory=list)
     batch: tuple[Any, Any] | None = None
-    earlier_batch: tuple[Any, Any] | None = None
     recording: bool = False
     updates: int = 0
     drifts: int = 0
@@ -69,6 +67,16 @@ class Run:
     scratch: dict[Tensor, Tensor] = field(default_factory=dict)
     preconditioner: Any = None
     unaccounted: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def loss_multiple(self) -> float:
+        """How often the step's gradient holds that of the mean loss."""
+        mean = self.loss_reduction == "mean"
+        if mean and self.loss_divisor is None:
+            return 1.0
+        if not self.sizes:
+            raise no_micro_batch()
+        return (len(self.sizes) if mean else sum(self.sizes)) / (self.loss_divisor or 1)
 
 
 class Collector(ABC):

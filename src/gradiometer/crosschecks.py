@@ -18,7 +18,7 @@ SMALLEST = 0.05
 
 
 def disagreements(
-    readings: Mapping[str, Reading], prefix: str, groups: Sequence[GroupSettings], batch_size: int
+    readings: Mapping[str, Reading], prefix: str, groups: Sequence[GroupSettings]
 ) -> dict[str, str]:
     """What two readings of one quantity say differently.
 
@@ -26,14 +26,13 @@ def disagreements(
         readings: The latest reading of every key.
         prefix: First part of every key.
         groups: The optimizer's settings by parameter group.
-        batch_size: Examples behind a step's gradient, 0 when unknown.
 
     Returns:
         One message per pair, by the name of the pair.
 
     Example:
         >>> ratio = Reading("d/noise/source_ratio", 2.0, stderr=0.1, note="per example; checked against: x")
-        >>> list(disagreements({ratio.key: ratio}, "d", (), 8))
+        >>> list(disagreements({ratio.key: ratio}, "d", ()))
         ['noise/source_ratio']
     """
     found = {}
@@ -44,7 +43,7 @@ def disagreements(
             f"{sources.stderr:.2g} times that from the first ({sources.note}). One of them does not see the "
             "gradient that trains the model."
         )
-    work = _work_of_noise(readings, prefix, groups, batch_size)
+    work = _work_of_noise(readings, prefix, groups)
     right = readings.get(f"{prefix}/fdr/right")
     if work is not None and right is not None and _differ(right, *work):
         found["fdr/right"] = (
@@ -57,7 +56,7 @@ def disagreements(
 
 
 def _work_of_noise(
-    readings: Mapping[str, Reading], prefix: str, groups: Sequence[GroupSettings], batch_size: int
+    readings: Mapping[str, Reading], prefix: str, groups: Sequence[GroupSettings]
 ) -> tuple[float, float] | None:
     """FDR1's right side ``eta/2 (|G|^2 + S/B)`` and its error, where plain SGD makes that a relation.
 
@@ -67,7 +66,7 @@ def _work_of_noise(
     """
     names = ("noise/batch_grad_sq_norm", "fdr/weight_norm_sq", "fdr/stationary")
     found = [readings.get(f"{prefix}/{name}") for name in names]
-    if not groups or not batch_size or any(reading is None for reading in found):
+    if not groups or any(reading is None for reading in found):
         return None
     first = groups[0]
     plain = first.is_sgd and not first.momentum

@@ -180,20 +180,13 @@ class StepCurvatureCollector(CurvatureCollector):
         buffer = self.run.optimizer.state.get(parameter, {}).get("momentum_buffer") if momentum else None
         # torch takes the first gradient as it is for the buffer
         new = 1 + momentum if nesterov else 1.0 if buffer is None else 1 - group["dampening"]
-        scale = self._scale()
+        scale = self.run.loss_multiple
         return _Settings(
             fresh=scale * lr * new,
             carried=lr * (momentum**2 if nesterov else momentum),
             decay=float(group["weight_decay"]) / scale,
             buffer=buffer,
         )
-
-    def _scale(self) -> float:
-        """How often the gradient holds that of the mean loss."""
-        mean, sizes = self.run.loss_reduction == "mean", self.run.sizes
-        held = len(sizes) if mean else sum(sizes)
-        divisor = self.run.loss_divisor
-        return held / (divisor if divisor is not None else len(sizes) if mean else 1)
 
 
 class _Settings(NamedTuple):

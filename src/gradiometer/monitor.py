@@ -452,7 +452,9 @@ class Monitor:
         snapshot = self._snapshot(fields)
         for slot in due:
             began = perf_counter()
-            broken = next((self._errors[n] for n in slot.needs if n in self._errors), None)
+            missing = {n: self._errors[n] for n in sorted(slot.needs) if n in self._errors}
+            extras = slot.observable.optional if self._on_error == "warn" else frozenset()
+            broken = next((error for n, error in missing.items() if n not in extras), None)
             try:
                 if broken is not None:
                     raise broken
@@ -462,6 +464,9 @@ class Monitor:
                 if slot.recording:
                     slot.levels = slot.observable.levels(snapshot)
                     slot.note = slot.observable.note(snapshot)
+                for error in missing.values():
+                    what = f"{type(slot.observable).__name__} at step {self.step}"
+                    self._warn(f"{what}: {error} What rests on it is left out; the rest is read.", str(error))
             except Exception as error:
                 self._fail(slot, error)
             slot.seconds += perf_counter() - began
@@ -483,6 +488,7 @@ class Monitor:
             groups=self._groups,
             sections=self._run.sections.sections,
             loss_reduction=self._loss_reduction,
+            loss_fn=self._run.loss_fn,
             **fields,
         )
 
@@ -525,8 +531,7 @@ class Monitor:
         readings += [self._reading("cost", _COST, n, value, math.nan, "") for n, value in costs.items()]
         self.latest.update({reading.key: reading for reading in readings})
         self._comparable.update({reading.key: reading for reading in readings})
-        batch = self._settings.batch * parallel.world_size()
-        for key, message in disagreements(self._comparable, self._prefix, self._groups, batch).items():
+        for key, message in disagreements(self._comparable, self._prefix, self._groups).items():
             self._warn(message, key)
         self._new = (self._new + readings)[-_UNREAD:]
         self._hand_on(lambda recorder: recorder(self.step, readings))
@@ -647,7 +652,8 @@ class Monitor:
         return [
             self._reading(slot.name, slot.observable.quantities, name, math.nan, math.nan, "")
             for name in slot.observable.quantities
-            if make_key(self._prefix, slot.name, name) not in held and name not in slot.observable.arrays
+            if name in slot.observable.names - slot.observable.arrays
+            and make_key(self._prefix, slot.name, name) not in held
         ]
 
     def _reduce(self, recording: Sequence[_Slot]) -> None:

@@ -178,7 +178,14 @@ class Session:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the state until the monitor is built.
 
+        Controllers carry theirs out at once: a loader may be asked for batches before there is a monitor.
+
         Args:
             state: What :meth:`state_dict` returned.
         """
         self._saved = state
+        memories = ((state["monitor"]["control"] or {}) if state else {}).get("controllers", {})
+        for controller in self.controllers:
+            memory = memories.get(type(controller).__name__)
+            if memory is not None and not controller.dry_run:
+                controller.apply(memory)

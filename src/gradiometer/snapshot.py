@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ _SUPPLIED_BY = {
     "weights": "the optimizer's step itself",
     "centred_weights": "the optimizer's step itself",
     "step_factors": "the optimizer's step itself",
+    "parameter_steps": "the optimizer's step itself",
     "batch_size": "monitor.micro_batch(x, y) around each forward and backward",
     "dataset_size": "Monitor(dataset_size=...)",
     "replacement": "Monitor(replacement=...)",
@@ -68,6 +69,30 @@ class GroupSettings:
     nesterov: bool
     weight_decay: float
     is_sgd: bool
+
+
+@dataclass(frozen=True)
+class ParameterStep:
+    r"""How the optimizer makes a parameter's steps from gradients ``g`` of the mean loss.
+
+    .. math:: b \leftarrow \mu\, b + (1 - \nu)\,(g + \lambda\theta), \qquad
+              \theta \leftarrow (1 - s)\,\theta - r\, b
+
+    Args:
+        rate: r, the learning rate, for Adam over the root of the second moment; entry by entry.
+        momentum: mu; for Adam beta1.
+        dampening: nu; for Adam beta1.
+        nesterov: Whether the momentum is Nesterov's.
+        weight_decay: lambda, the L2 coefficient; 0 where the decay is decoupled.
+        shrinkage: s, learning rate times decoupled decay.
+    """
+
+    rate: float | Tensor
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    shrinkage: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -214,6 +239,8 @@ class Snapshot:
         weights: State functions of the weights after the step.
         centred_weights: The same, relative to the weights at the window's first record.
         step_factors: How far the optimizer moves each weight per unit of gradient, by parameter name.
+        parameter_steps: How the optimizer makes each parameter's steps from gradients, by its name.
+        loss_fn: Maps outputs and targets of a batch to its loss; ``None`` where it is not known.
 
     Raises:
         MissingFieldError: On reading a field that was not supplied.
@@ -247,6 +274,8 @@ class Snapshot:
     weights: Weights = _UNSET
     centred_weights: Weights = _UNSET
     step_factors: Mapping[str, float | Tensor] = _UNSET
+    parameter_steps: Mapping[str, ParameterStep] = _UNSET
+    loss_fn: Callable[[Any, Any], Tensor] | None = None
 
     def __getattribute__(self, name: str) -> Any:
         """Refuse a field that nobody supplied."""

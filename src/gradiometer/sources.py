@@ -27,6 +27,9 @@ from .snapshot import Chunks
 
 FEWEST_NORMALISED = 8
 """Examples in a piece that batch norm normalises: over fewer, the noise is that of the normalisation."""
+LEAST_COVERAGE = 0.5
+"""Share of the parameters that single examples must be seen of, where a batch can be split instead: noise
+differs between layers by factors, and with fewer the reading would be that of the layers that have rules."""
 NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _ACCUMULATE = "Accumulate over two or more micro-batches (Lightning: accumulate_grad_batches=2)"
 
@@ -506,7 +509,10 @@ class SplitSource(_Source):
 
 
 class AutoSource(Collector):
-    """The best source at hand: micro-batches and processes, else single examples, else a split batch."""
+    """The best source at hand: micro-batches and processes, else single examples, else a split batch.
+
+    A batch is split where the loss is known and single examples are seen of too few parameters.
+    """
 
     moment: ClassVar[MomentName] = "before_step"
 
@@ -537,13 +543,25 @@ class AutoSource(Collector):
             self._micro.before_step()
         elif self._examples is None:
             raise SampleSkippedError("this step has one micro-batch where the last had several")
-        elif self._examples.refusal is not None and self.run.loss_fn is not None:
-            self._chosen = SplitSource(self.run)
-            self._chosen.before_step()
-        else:
+        elif self.run.loss_fn is None:
             self._chosen = self._examples
             self._chosen.before_step()
-        self.seconds_in_hooks = self._chosen.seconds_in_hooks
+        elif self._coverage(self._examples) >= LEAST_COVERAGE:
+            self._chosen = self._examples
+        else:
+            self._chosen = SplitSource(self.run)
+            self._chosen.before_step()
+        sources = {self._micro, self._examples, self._chosen}
+        self.seconds_in_hooks = sum(source.seconds_in_hooks for source in sources if source is not None)
+
+    @staticmethod
+    def _coverage(source: ExampleSource) -> float:
+        """Share of the parameters of which single examples are seen."""
+        try:
+            source.before_step()
+        except UnsupportedError:
+            return 0.0
+        return source.result().coverage
 
     def close(self) -> None:
         """Take the hooks off."""

@@ -31,7 +31,7 @@ _HALVES = 3.0  # tolerance of the two halves, in that of the whole window
 _EARLIER = 0.8  # share of the window at which the check before this one ends
 
 
-class Decision(NamedTuple):
+class Answer(NamedTuple):
     """1.0 for stationary, 0.0 for not, ``nan`` with a reason for undecided."""
 
     value: float
@@ -113,7 +113,7 @@ def stationary(
     *,
     deviation: float | None = None,
     constant_lr: bool = True,
-) -> Decision:
+) -> Answer:
     r"""Whether both sides of the fluctuation-dissipation relation agree within a tolerance.
 
     With :math:`r = -(E_T - E_0) / (T R)`, left over right side less 1, a run is stationary when
@@ -163,7 +163,7 @@ def stationary(
         >>> steps = np.arange(0.0, 2000.0, 100.0)
         >>> still = np.random.default_rng(0).normal(size=20)
         >>> stationary(steps, still, np.ones(19), np.ones(19), tolerance=0.05)
-        Decision(value=1.0, reason='')
+        Answer(value=1.0, reason='')
         >>> stationary(steps, still - 0.2 * steps, np.ones(19), np.ones(19), tolerance=0.05).value
         0.0
     """
@@ -171,10 +171,10 @@ def stationary(
         raise InputError("tolerance must be positive", got=tolerance, fix="Write tolerance=0.05.")
     undecided = _undecided(steps, level, constant_lr)
     if undecided:
-        return Decision(float("nan"), undecided)
+        return Answer(float("nan"), undecided)
     sums, samples = _running(np.where(weights > 0, weights * right, 0.0)), _running(weights)
     if not sums[-1] > 0:
-        return Decision(float("nan"), "the weights do not move")
+        return Answer(float("nan"), "the weights do not move")
     mean_right = sums[-1] / samples[-1]
 
     def excess(first: int, last: int) -> float:
@@ -198,10 +198,10 @@ def stationary(
         return scatter / float((steps[last] - steps[0]) * mean_right)
 
     if excess(0, end) - 2 * resolution(end) > tolerance:
-        return Decision(0.0)
+        return Answer(0.0)
     if not resolution(earlier) < tolerance:
-        return Decision(float("nan"), f"the window is too short to resolve a tolerance of {tolerance:g}")
-    return Decision(float(settled(end) and settled(earlier)))
+        return Answer(float("nan"), f"the window is too short to resolve a tolerance of {tolerance:g}")
+    return Answer(float(settled(end) and settled(earlier)))
 
 
 def sasa_plus(
@@ -211,7 +211,7 @@ def sasa_plus(
     errors: str,
     confidence: float = 0.95,
     constant_lr: bool = True,
-) -> Decision:
+) -> Answer:
     r"""The test of SASA+: the mean drift agrees with 0, and both halves drift the same way.
 
     The statistic :math:`z_k = -(E_{k+1} - E_k)` telescopes, which has two consequences at a stationary
@@ -244,7 +244,7 @@ def sasa_plus(
         >>> steps = np.arange(0.0, 2000.0, 100.0)
         >>> zigzag = np.array([0.0, 1.0] * 10) + 1e-5 * steps
         >>> sasa_plus(steps, zigzag, errors="end_points")
-        Decision(value=1.0, reason='')
+        Answer(value=1.0, reason='')
     """
     if errors not in _HALF_WIDTHS:
         raise InputError(
@@ -252,12 +252,12 @@ def sasa_plus(
         )
     undecided = _undecided(steps, level, constant_lr)
     if undecided:
-        return Decision(float("nan"), undecided)
+        return Answer(float("nan"), undecided)
     drift = (level[-1] - level[0]) / (steps[-1] - steps[0])
     half_width = _HALF_WIDTHS[errors](steps, level, confidence)
     middle = _nearest(steps, len(steps) - 1, 0.5)
     same_way = (level[middle] - level[0]) * (level[-1] - level[middle]) > 0
-    return Decision(float(abs(drift) < half_width and same_way))
+    return Answer(float(abs(drift) < half_width and same_way))
 
 
 def _end_point_half_width(steps: Floats, level: Floats, confidence: float) -> float:

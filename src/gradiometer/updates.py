@@ -195,7 +195,7 @@ def _adam(optimizer: Optimizer, group: Mapping[str, Any], trained: list[Tensor],
     beta1, beta2 = (float(beta) for beta in group["betas"])
     means = _states(optimizer, trained, "exp_avg")
     squares = _states(optimizer, trained, "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
-    decoupled = decay and _is_decoupled(optimizer, group)
+    decoupled = decay and is_decoupled(optimizer, group)
     rates, directions = [], []
     for parameter, mean, square, step in zip(
         trained, means, squares, _steps(optimizer, trained), strict=True
@@ -276,7 +276,7 @@ def _gradient_is_overwritten(group: Mapping[str, Any]) -> bool | None:
     return bool(group["foreach"])
 
 
-def _is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+def is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     """Whether Adam's decay acts on the weights; torch before 2.7 has no entry for it."""
     return bool(group.get("decoupled_weight_decay", type(optimizer) is AdamW))
 
@@ -286,7 +286,7 @@ def _shrinkage(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
     if type(optimizer) is SGD:
         acts = not group["momentum"] or group["nesterov"]
     else:
-        acts = type(optimizer) is not RMSprop and _is_decoupled(optimizer, group)
+        acts = type(optimizer) is not RMSprop and is_decoupled(optimizer, group)
     return 1.0 - float(group["lr"]) * float(group["weight_decay"]) if acts else 1.0
 
 

@@ -18,6 +18,8 @@ LAZY, FEATURES = 0.1, 0.3
 """Relative kernel drift below the first is lazy training, above the second feature learning."""
 SMALL_BATCH, LARGE_BATCH = 0.1, 0.9
 """Critical-batch fraction below the first is noise-limited, above the second wasteful."""
+EDGE = 0.9
+"""A learning rate above this share of its limit counts as at the edge of stability."""
 DEAR = 0.05
 """Share of the loop's time above which measuring is called expensive."""
 
@@ -115,6 +117,22 @@ def _jacobian(reading: Reading, others: Mapping[str, Reading]) -> str:
     )
 
 
+def _over_limit(reading: Reading, others: Mapping[str, Reading]) -> str:
+    value, error = _value(reading), reading.stderr if math.isfinite(reading.stderr) else 0.0
+    if not reading.resolved:
+        return f"not resolved, at least {reading.low:.3g}: the largest curvature was not found."
+    if value <= 0:
+        return "no curvature is positive on the probe, so nothing limits the learning rate there."
+    if value - 2 * error > 1:
+        return (
+            f"beyond the edge of stability: unless the loss falls all the same, divide the learning rate by "
+            f"{value / EDGE:.2g}."
+        )
+    if value + 2 * error < EDGE:
+        return f"stable: full-batch descent would bear {1 / value:.2g} times the learning rate."
+    return "at the edge of stability: the learning rate sets the curvature. Lower it if the loss swings."
+
+
 def _cost(reading: Reading, others: Mapping[str, Reading]) -> str:
     if _value(reading) > DEAR:
         return "measuring is a noticeable share of the loop: use longer cadences or budget=0.05."
@@ -133,6 +151,7 @@ RULES: Mapping[str, Rule] = {
     "ntk/drift": _drift,
     "noise/scale": _scale,
     "jacobian/frobenius_norm": _jacobian,
+    "control/lr_over_limit": _over_limit,
     "cost/fraction": _cost,
 }
 

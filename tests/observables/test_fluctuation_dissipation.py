@@ -327,6 +327,25 @@ def test_master_form_takes_over_while_the_learning_rate_changes(settings):
     assert values(memory, "right")[60] == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_residual_has_the_error_of_the_steps_that_are_not_sampled():
+    """None where every step is; blocks whose ends are not their own would scatter like the norm itself."""
+
+    def residual(stretch):
+        observable = FluctuationDissipation(schedule=20, verify=True, estimator=Mean())
+        object.__setattr__(observable, "sampling", every(stretch))  # as a budget does it
+        memory, _, _ = train(
+            lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9), observable, steps=401
+        )
+        return memory.latest()["dynamics/fdr/residual"]
+
+    exact, sampled = residual(1), residual(4)
+    assert exact.stderr < 1e-12
+    assert exact.low < exact.value < exact.high
+    assert abs(sampled.value) > 1e-3
+    assert 1e-3 < sampled.stderr < 1.0
+    assert sampled.low < 0.0 < sampled.high
+
+
 def test_verifying_does_not_change_the_ratio():
     def ratio(**arguments):
         observable = FluctuationDissipation(schedule=10, estimator=Mean(), **arguments)
@@ -487,7 +506,7 @@ def replica_estimators(quadratic, steps, record, cadences):
 
 
 def replica_readings(observable, estimator, replicas):
-    """Readings of each replica, the error of the ratio among them."""
+    """Readings of each replica, the errors of ratio and left side among them."""
     rows, _ = estimator.replicates()
     values = observable.readings(rows | estimator.levels(), estimator.reference())
 
@@ -498,6 +517,8 @@ def replica_readings(observable, estimator, replicas):
         "ratio": column(lambda g: values[f"ratio/{g}"].value),
         "ratio_stderr": column(lambda g: values[f"ratio/{g}"].stderr),
         "right": column(lambda g: values[f"right/{g}"]),
+        "left": column(lambda g: values[f"left/{g}"].value),
+        "left_stderr": column(lambda g: values[f"left/{g}"].stderr),
     }
 
 
@@ -532,6 +553,32 @@ def test_error_of_the_ratio_is_that_of_replicas(momentum):
     spread = (ratio - 1).square().mean().sqrt()
     assert (error.mean() / spread).item() == pytest.approx(1.0, abs=0.3)
     assert ((ratio - 1).abs() < 2 * error).double().mean() > 0.85
+
+
+@pytest.mark.parametrize(
+    ("lr", "momentum", "cadence", "share"),
+    [(0.01, 0.0, 1, (0.2, 0.35)), (0.02, 0.0, 10, (0.7, 0.95)), (0.1, 0.5, 10, (0.95, 1.0))],
+    ids=["end points", "both", "right side"],
+)
+def test_error_of_the_left_side_is_that_of_replicas(lr, momentum, cadence, share):
+    """It scatters as the right side and as the end points do; ``share`` is the part of the former."""
+    replicas, modes, curvature = 256, 20, 0.5
+    lr, ones = lr * (1 - momentum), torch.ones(modes, dtype=torch.float64)
+    variance = lr * (1 + momentum) / (curvature * (1 - momentum) * (2 * (1 + momentum) - lr * curvature))
+    quadratic = Quadratic(
+        replicas, lr, variance * ones, curvature=curvature * ones, noise=ones, momentum=momentum, seed=3
+    )
+    for _ in range(300):
+        quadratic.step()
+    ((observable, estimator),) = replica_estimators(quadratic, 2000, 50, [cadence])
+    readings = replica_readings(observable, estimator, replicas)
+    truth = modes * curvature * variance  # <O_L> = <O_R> = sum h Var
+    away, error = readings["left"] - truth, readings["left_stderr"]
+    spread = away.square().mean().sqrt()
+    of_right = (readings["right"] - truth).square().mean().sqrt() / spread
+    assert share[0] < of_right.item() < share[1]
+    assert 0.85 < (error.mean() / spread).item() < 1.45
+    assert 0.85 < (away.abs() < 2 * error).double().mean() < 0.99
 
 
 # -- the whole way: the noisy quadratic under the monitor ------------------------------------------
@@ -896,6 +943,33 @@ def test_no_side_before_the_window_has_two_ends():
     }
 
 
+def test_a_ratio_without_an_error_is_not_resolved():
+    memory, _, _ = train(
+        lambda groups: torch.optim.SGD(groups, lr=0.05, weight_decay=0.1),
+        FluctuationDissipation(schedule=5, estimator=Mean()),
+    )
+    found = [{r.key.rpartition("/")[2]: r for r in readings} for _, readings in list(memory.records)[1:]]
+    few, enough = found[7], found[8]  # 9 and 10 ends of blocks
+    for name in ("ratio", "resolution"):
+        assert math.isnan(few[name].stderr)
+        assert not few[name].resolved
+        assert few[name].note.endswith("; the window holds fewer than 10 records")
+        assert enough[name].resolved
+        assert "fewer" not in enough[name].note
+    assert math.isfinite(few["ratio"].value)
+    assert enough["ratio"].stderr == enough["resolution"].value > 0
+
+
+def test_weights_that_do_not_move_have_no_ratio():
+    memory, _, _ = train(
+        lambda groups: torch.optim.SGD(groups, lr=0.0), FluctuationDissipation(schedule=5), steps=61
+    )
+    ratio, resolution = (memory.latest()[f"dynamics/fdr/{name}"] for name in ("ratio", "resolution"))
+    assert math.isnan(ratio.value)
+    assert (ratio.resolved, resolution.resolved) == (True, False)
+    assert ratio.note.endswith("; the weights do not move")
+
+
 def test_note_names_the_form():
     group = GroupSettings("", 0.1, 0.0, 0.0, False, 0.0, True)
     snapshot = Snapshot(step=0, model=nn.Linear(1, 1), groups=(group,))
@@ -903,6 +977,11 @@ def test_note_names_the_form():
     assert observable.note(snapshot).startswith("SGD form")
     other = snapshot.replace(groups=(group, GroupSettings("", 0.1, 0.0, 0.0, False, 0.0, False)))
     assert observable.note(other).startswith("master form")
+
+
+def test_the_residual_is_a_name_where_it_is_asked_for():
+    assert FluctuationDissipation(verify=True).names == set(FluctuationDissipation.quantities)
+    assert FluctuationDissipation().names == set(FluctuationDissipation.quantities) - {"residual"}
 
 
 def test_verifying_samples_every_step():

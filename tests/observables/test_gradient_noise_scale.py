@@ -17,6 +17,7 @@ from gradiometer.observables import (
     per_example_grad_norms,
     sgd_noise_scale,
 )
+from gradiometer.observables.gradient_noise_scale import resolved_scale
 from gradiometer.snapshot import Chunks, GroupSettings, Snapshot
 
 P = 50
@@ -314,6 +315,69 @@ def test_scale_is_nan_where_the_signal_is_not_resolved():
     assert found["trace"] > 0
     assert found["scale"] != found["scale"]
     assert found["critical_batch_fraction"] != found["critical_batch_fraction"]
+
+
+def test_without_a_resolved_signal_and_a_bound_the_note_says_so():
+    def scale(trace):
+        rows = torch.tensor(trace, dtype=torch.float64), torch.tensor([0.1, -1.0, 1.0, -0.5, 1.0])
+        without = [(5 * series.mean() - series) / 4 for series in rows]
+        both = (torch.cat([series.mean()[None], left]) for series, left in zip(rows, without, strict=True))
+        return resolved_scale(*both, torch.ones(5))["scale"]
+
+    none, some = scale([-20.0, 20.0, 30.0, -30.0, 1.0]), scale([20.0, 21.0, 20.5, 20.0, 21.0])
+    assert (none.note, none.low, none.resolved) == ("not resolved, without a bound", 0.0, False)
+    assert some.low > 1
+    assert some.note == f"not resolved, at least {some.low:.3g}"
+
+
+EXTRAS = {"norm_layer_factor", "source_ratio"}
+EXTRAS |= {"preconditioned_scale", "preconditioned_trace", "preconditioned_grad_sq_norm"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "extras"),
+    [
+        ({}, set()),
+        ({"source": "norm layers"}, {"norm_layer_factor"}),
+        ({"cross_check": "split batch"}, {"source_ratio"}),
+        ({"preconditioned": True}, {name for name in EXTRAS if name.startswith("preconditioned")}),
+    ],
+)
+def test_names_are_those_that_the_settings_ask_for(settings, extras):
+    observable = GradientNoiseScale(**settings)
+    assert set(observable.quantities) - observable.names == EXTRAS - extras
+    assert observable.names <= set(observable.quantities)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"),
+    [
+        ({}, {"preconditioner"}),
+        ({"cross_check": "split batch"}, {"preconditioner", "split_chunks"}),
+        ({"source": "norm layers", "cross_check": "per example"}, {"preconditioner", "example_chunks"}),
+        ({"source": "norm layers", "cross_check": "auto"}, {"preconditioner"}),  # it calibrates, too
+    ],
+)
+def test_what_the_scale_can_do_without(settings, fields):
+    assert GradientNoiseScale(**settings).optional == fields
+
+
+def test_without_its_extras_the_scale_stands():
+    contributions = part_means(1, [4] * 8)[0] / 8
+    found = {}
+    for settings in ({}, {"preconditioned": True, "cross_check": "split batch"}):
+        observable, estimator = GradientNoiseScale(**settings), Mean()
+        snapshot = chunk_snapshot(contributions, [4] * 8)
+        estimator.add(observable.statistics(snapshot))
+        estimator.close(0)
+        assert "split" not in observable.note(snapshot)
+        found[bool(settings)] = read(observable, estimator)
+    for name, value in found[True].items():
+        if name in EXTRAS:
+            assert value != value, name
+        else:
+            assert value == found[False][name] == value, name
+    assert found[True].keys() - found[False].keys() == EXTRAS - {"norm_layer_factor"}
 
 
 def test_note_names_source_reduction_coverage_and_what_is_missing():

@@ -66,6 +66,24 @@ def test_adam_counts_with_the_root_of_its_second_moment(kind, amsgrad):
     torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-10, atol=0)
 
 
+def test_weights_that_never_had_a_gradient_do_not_count():
+    """Adam has no scale for them yet, and 1 / eps would drown all others."""
+    model = nn.Linear(3, 1, bias=False).double()
+    optimizer, memory = torch.optim.Adam(model.parameters(), lr=0.01), MemoryRecorder()
+    x = torch.tensor([[1.0, 2.0, 0.0], [3.0, 1.0, 0.0]], dtype=torch.float64)
+    probe = torch.ones(1, 3, dtype=torch.float64)
+    observable = NeuralTangentKernel(schedule=1, preconditioned=True)
+    with Monitor(
+        model, optimizer, [observable], recorders=[memory], probe=probe, on_error="raise"
+    ) as monitor:
+        with monitor.micro_batch(x):
+            model(x).mean().backward()
+        monitor.before_step()
+        optimizer.step()
+    found = memory.latest()["dynamics/preconditioned_ntk/kernel"].value
+    assert found.item() == pytest.approx(1 / 2 + 1 / 1.5, rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
 def test_frozen_layers_do_not_count(kind):
     """Whether or not the optimizer holds them."""

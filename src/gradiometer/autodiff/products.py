@@ -108,7 +108,7 @@ def loss_gradient(
         [tensor([[2.]])]
     """
     with as_training(model):
-        return _Loss(model, loss_fn, parameters).gradient(x, y)
+        return Loss(model, loss_fn, parameters).gradient(x, y)
 
 
 def hessian_vector_product(
@@ -162,7 +162,7 @@ def hessian_vector_product(
         [[tensor([[10.]])]]
     """
     with as_training(model):
-        return list(_Loss(model, loss_fn, parameters).products(x, y, vectors))
+        return list(Loss(model, loss_fn, parameters).products(x, y, vectors))
 
 
 def split_gradients(
@@ -206,9 +206,9 @@ def split_gradients(
         >>> split_gradients(net, lambda out, y: out.mean(), x, None, 2)
         ([[tensor([[1.]])], [tensor([[4.]])]], tensor([1, 2]))
     """
-    slices = _slices(x, y, parts, at_least=2)
+    slices = part_slices(x, y, parts, at_least=2)
     with as_training(model):
-        loss = _Loss(model, loss_fn, parameters)
+        loss = Loss(model, loss_fn, parameters)
         gradients = [loss.gradient(take(x, part), take(y, part)) for part in slices]
     return gradients, _sizes(slices)
 
@@ -279,9 +279,9 @@ def split_curvature(
                 [ 0., 16., 36.],
                 [ 0., 36., 81.]], dtype=torch.float64)
     """
-    slices = _slices(x, y, parts, at_least=3)
+    slices = part_slices(x, y, parts, at_least=3)
     with as_training(model):
-        loss = _Loss(model, loss_fn, parameters, loss_reduction)
+        loss = Loss(model, loss_fn, parameters, loss_reduction)
         batches = [(take(x, part), take(y, part)) for part in slices]
         gradients = [loss.gradient(*batch) for batch in batches]
         steps = gradients if step is None else [step(gradient) for gradient in gradients]
@@ -295,7 +295,7 @@ def split_curvature(
     return SplitCurvature(gram, forms, _sizes(slices), steps)
 
 
-class _Loss:
+class Loss:
     """The loss of a batch as a function of some of a model's parameters."""
 
     def __init__(
@@ -316,12 +316,16 @@ class _Loss:
                 got="none" if not chosen else "one that is frozen, or not the model's",
                 fix="Write parameters=[p for p in model.parameters() if p.requires_grad].",
             )
-        self._leaves = [self._values[names[id(parameter)]].requires_grad_() for parameter in chosen]
+        self.leaves = [self._values[names[id(parameter)]].requires_grad_() for parameter in chosen]
 
-    def gradient(self, x: Any, y: Any, *, differentiable: bool = False) -> list[Tensor]:
-        """Gradient at the parameters; with a graph of its own when it is to be differentiated again."""
+    def outputs(self, x: Any) -> Any:
+        """What the model returns, with a graph."""
         check_inputs(self._model, x)
-        loss = self._loss_fn(self._function(self._values, outside_inference(x)), outside_inference(y))
+        return self._function(self._values, outside_inference(x))
+
+    def of(self, outputs: Any, x: Any, y: Any) -> Tensor:
+        """The loss of outputs for these inputs: one number, a mean over the examples."""
+        loss = self._loss_fn(outputs, outside_inference(y))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise InputError(
                 "loss_fn must return one number",
@@ -333,13 +337,16 @@ class _Loss:
                 "the loss does not depend on the parameters",
                 fix="Leave no detach(), item() or no_grad() between the parameters and the loss.",
             )
-        if self._reduction == "sum":
-            loss = loss / examples(x)
-        return _differentiate([loss.sum()], self._leaves, None, create_graph=differentiable)
+        return (loss / examples(x) if self._reduction == "sum" else loss).sum()
+
+    def gradient(self, x: Any, y: Any, *, differentiable: bool = False) -> list[Tensor]:
+        """Gradient at the parameters; with a graph of its own when it is to be differentiated again."""
+        loss = self.of(self.outputs(x), x, y)
+        return differentiate([loss], self.leaves, None, create_graph=differentiable)
 
     def products(self, x: Any, y: Any, vectors: Sequence[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
         """Products of the Hessian with each vector in turn, from one graph."""
-        shapes = [leaf.shape for leaf in self._leaves]
+        shapes = [leaf.shape for leaf in self.leaves]
         for vector in vectors:
             if [entry.shape for entry in vector] != shapes:
                 raise InputError(
@@ -348,18 +355,23 @@ class _Loss:
                     fix=f"Pass tensors of shapes {[list(shape) for shape in shapes]}.",
                 )
         gradient = self.gradient(x, y, differentiable=True)
-        _check_second_derivative(gradient)
+        check_second_derivative(gradient)
         for number, vector in enumerate(vectors, 1):
-            # a part of the gradient that does not depend on the parameters has no graph
-            pairs = [(g, v.to(g)) for g, v in zip(gradient, vector, strict=True) if g.requires_grad]
-            if not pairs:
-                yield [torch.zeros_like(leaf) for leaf in self._leaves]
-                continue
-            outputs, weights = zip(*pairs, strict=True)
-            yield _differentiate(outputs, self._leaves, weights, retain_graph=number < len(vectors))
+            yield pull_back(gradient, self.leaves, vector, retain_graph=number < len(vectors))
 
 
-def _differentiate(
+def pull_back(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], *, retain_graph: bool
+) -> list[Tensor]:
+    """``weights^T (d outputs / d inputs)``; an output without a graph depends on nothing and adds nothing."""
+    pairs = [(out, w.to(out)) for out, w in zip(outputs, weights, strict=True) if out.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(leaf) for leaf in inputs]
+    outs, kept = zip(*pairs, strict=True)
+    return differentiate(outs, inputs, kept, retain_graph=retain_graph)
+
+
+def differentiate(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor] | None,
@@ -390,7 +402,7 @@ def _differentiate(
         ) from error
 
 
-def _check_second_derivative(gradient: Sequence[Tensor]) -> None:
+def check_second_derivative(gradient: Sequence[Tensor]) -> None:
     """Refuse a gradient whose graph has a part that would be left out of the products without a word."""
     pending = [g.grad_fn for g in gradient if g.grad_fn is not None]
     seen = set(pending)
@@ -404,7 +416,7 @@ def _check_second_derivative(gradient: Sequence[Tensor]) -> None:
         pending += found
 
 
-def _slices(x: Any, y: Any, parts: int, *, at_least: int) -> list[slice]:
+def part_slices(x: Any, y: Any, parts: int, *, at_least: int) -> list[slice]:
     """Nearly equal consecutive parts of a batch."""
     count = examples(x)
     for leaf in pytree.tree_leaves((x, y)):

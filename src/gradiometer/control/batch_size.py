@@ -73,15 +73,12 @@ class NoiseScaleBatchSize(Controller):
         learning rate.
 
     Example:
-        >>> data = torch.utils.data.TensorDataset(torch.randn(640, 2), torch.randn(640, 1))
-        >>> sampler = GrowingBatchSampler(torch.utils.data.RandomSampler(data), 8)
-        >>> loader = torch.utils.data.DataLoader(data, batch_sampler=sampler)
-        >>> NoiseScaleBatchSize(sampler=sampler).check_run(dataset_size=640)
-        >>> NoiseScaleBatchSize().check_run(dataset_size=None)
-        Traceback (most recent call last):
-            ...
-        gradiometer.errors.InputError: NoiseScaleBatchSize has no limit on a data set of unknown size. \
-Write NoiseScaleBatchSize(max_batch_size=1024), or give Monitor(dataset_size=...).
+        >>> from torch.utils.data import DataLoader, RandomSampler
+        >>> sampler = GrowingBatchSampler(RandomSampler(range(640)), 8)
+        >>> loader = DataLoader(range(640), batch_sampler=sampler)
+        >>> growing = NoiseScaleBatchSize(sampler=sampler)      # for Monitor(controllers=[growing])
+        >>> sorted(growing.turns())
+        ['batch_size']
     """
 
     knobs: ClassVar[tuple[str, ...]] = ("batch_size",)
@@ -142,8 +139,8 @@ Write NoiseScaleBatchSize(max_batch_size=1024), or give Monitor(dataset_size=...
 
     def check_loader(self, loader: Any) -> None:
         """Refuse a loader that draws its batches from another sampler."""
-        used = getattr(loader, "batch_sampler", None)
-        if self.sampler is not None and used is not None and used is not self.sampler:
+        used = getattr(loader, "batch_sampler", self.sampler)  # what hides its sampler is seen by its batches
+        if self.sampler is not None and used is not self.sampler:
             raise InputError(
                 "the training loader does not draw its batches from the sampler of NoiseScaleBatchSize",
                 got=type(used).__name__,

@@ -78,6 +78,7 @@ class EquilibriumLR(Controller):
         robust policy is this project's own.
 
     Example:
+        >>> import torch
         >>> from gradiometer import Monitor
         >>> net = torch.nn.Linear(2, 1)
         >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.01)

@@ -10,6 +10,7 @@ from .gradient_noise_scale import (
     sgd_noise_scale,
 )
 from .jacobian_norm import JacobianNorm, jacobian_norms, jacobian_singular_values
+from .learning_rate_limit import LearningRateLimit, stability_limit, suggest_learning_rate
 from .neural_tangent_kernel import (
     NeuralTangentKernel,
     empirical_ntk,
@@ -28,7 +29,7 @@ from .second_fluctuation_dissipation import (
 
 DEFAULT_OBSERVABLES = (NeuralTangentKernel, JacobianNorm, GradientNoiseScale, FluctuationDissipation)
 """The default set."""
-OBSERVABLES = (*DEFAULT_OBSERVABLES, NoiseCurvature, SecondFluctuationDissipation)
+OBSERVABLES = (*DEFAULT_OBSERVABLES, NoiseCurvature, SecondFluctuationDissipation, LearningRateLimit)
 """Every observable that ships."""
 
 
@@ -49,6 +50,7 @@ __all__ = [
     "FluctuationDissipation",
     "GradientNoiseScale",
     "JacobianNorm",
+    "LearningRateLimit",
     "NeuralTangentKernel",
     "NoiseCurvature",
     "Observable",
@@ -71,4 +73,6 @@ __all__ = [
     "second_fluctuation_dissipation",
     "sgd_noise_scale",
     "shuffling_factor",
+    "stability_limit",
+    "suggest_learning_rate",
 ]

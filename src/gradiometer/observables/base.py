@@ -102,6 +102,16 @@ class Observable(ABC):
         """Snapshot fields needed at a sampling step, or at a recording step."""
         return self.needs | self.level_needs if recording else self.needs
 
+    @property
+    def optional(self) -> frozenset[str]:
+        """Required fields that it can do without: where one cannot be had, what rests on it is ``nan``."""
+        return frozenset()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the quantities it reads with its present settings; ``nan`` where it fails."""
+        return frozenset(self.quantities)
+
     def statistics(self, snapshot: Snapshot) -> Mapping[str, Tensor]:
         """Tensors that are averaged over sampling steps and processes."""
         del snapshot

@@ -22,7 +22,8 @@ from ..estimators import Estimator, HalfRun, Last, Reference
 from ..records import Quantity
 from ..schedules import Schedule, every
 from ..snapshot import Snapshot
-from ..stationarity import Decision, Floats, end_point_deviation, sasa_plus, stationary
+from ..stationarity import FEWEST_KNOTS, Answer, Floats, end_point_deviation, sasa_plus, stationary
+from ..statistics import correlated_jackknife, t_quantile
 from .base import Estimate, Numbers, Observable
 
 
@@ -135,8 +136,11 @@ class FluctuationDissipation(Observable):
     Under ``torch.optim.SGD`` with constant settings in the window it is Yaida's relation, momentum,
     dampening, Nesterov and L2 included. For every other optimizer, and where the learning rate drifts
     within the window, it is the master form, a statement about the norm of the weights alone; the note
-    says which one it is. A jump of the settings begins the window anew. The error of the ratio is that
-    of its end points, since errors from blocks are several times too wide for a telescoping series.
+    says which one it is. A jump of the settings begins the window anew.
+
+    The error of the ratio is that of its end points, since errors from blocks are several times too wide for
+    a telescoping series. The left side is the right one less the drift, and has the errors of both; they are
+    nearly independent, with a correlation of ``1 / sqrt(2 T)`` on a noisy quadratic.
 
     Args:
         schedule: When it is recorded; every 50 steps by default.
@@ -214,6 +218,11 @@ class FluctuationDissipation(Observable):
                 fix="Leave one of them out.",
             )
 
+    @property
+    def names(self) -> frozenset[str]:
+        """All, without the residual unless verifying."""
+        return frozenset(self.quantities) - (frozenset() if self.verify else {"residual"})
+
     def required(self, recording: bool) -> frozenset[str]:
         """The update, the weights at recording steps, and the inner products when verifying."""
         work = {"work"} if self.verify else set()
@@ -283,23 +292,27 @@ class FluctuationDissipation(Observable):
         level, rights = window.level[:, columns].sum(-1), window.rights[:, columns].sum(-1)
         deviation = float(end_point_deviation(window.steps, level))
         decision = self._decide(window, level, rights, deviation)
-        resolution = float(_ratio(deviation, (window.steps[-1] - window.steps[0]) * right[:1])[0])
+        drift_error = deviation / float(window.steps[-1] - window.steps[0])
+        resolution = float(_ratio(drift_error, right[:1])[0])
+        unknown = _why_unknown(window, right) if math.isnan(resolution) else ""
+        resolved = not unknown or not right[0]  # where nothing moves there is no ratio to resolve
+        right_error, _ = _block_error(right[:1], right[1:], window.left_out)
         sides: dict[str, Floats | Estimate] = {
-            "left": left,
+            "left": Estimate(left, math.hypot(right_error, drift_error)),
             "right": right,
-            "ratio": Estimate(_ratio(left, right), resolution),
-            "resolution": Estimate(resolution, math.nan, resolved=not math.isnan(resolution)),
+            "ratio": Estimate(_ratio(left, right), resolution, resolved=resolved, note=unknown),
+            "resolution": Estimate(resolution, math.nan, resolved=not unknown, note=unknown),
             "stationary": Estimate(
                 decision.value, math.nan, resolved=not math.isnan(decision.value), note=decision.reason
             ),
         }
         if window.violation is not None:
-            sides["residual"] = _ratio(window.violation[..., columns].sum(-1), right)
+            sides["residual"] = _residual(window.violation[:, columns].sum(-1), window.weights, right[:1])
         return {key + name: value for key, value in sides.items()}
 
-    def _decide(self, window: _Window, level: Floats, rights: Floats, deviation: float) -> Decision:
+    def _decide(self, window: _Window, level: Floats, rights: Floats, deviation: float) -> Answer:
         if not rights.any():
-            return Decision(math.nan, "the weights do not move")
+            return Answer(math.nan, "the weights do not move")
         if self.test == "tolerance":
             return stationary(
                 window.steps,
@@ -314,6 +327,37 @@ class FluctuationDissipation(Observable):
         return sasa_plus(window.steps, level, errors=errors, constant_lr=window.constant)
 
 
+def _why_unknown(window: _Window, right: Floats) -> str:
+    """What there is no resolution without."""
+    if not right[0]:
+        return "the weights do not move"
+    if len(window.steps) < FEWEST_KNOTS:
+        return f"the window holds fewer than {FEWEST_KNOTS} records"
+    return "the level of the weights is not finite"
+
+
+def _residual(violation: Floats, weights: Floats, right: Floats) -> Estimate:
+    """Mean violation of the identity over the right side, with an error from the blocks' own violations.
+
+    Each block has its own two ends, and so no violation where every step is sampled.
+    """
+    sampled = weights > 0
+    parts, weights = violation[sampled], weights[sampled]
+    mean = weights @ parts / weights.sum()
+    without = _ratio(weights.sum() * mean - weights * parts, weights.sum() - weights)
+    error, groups = _block_error(mean[None], without, weights)
+    value, stderr = (float(_ratio(each, right)[0]) for each in (mean, error))
+    half = t_quantile(groups) * stderr
+    return Estimate(value, stderr, value - half, value + half)
+
+
+def _block_error(full: Floats, left_out: Floats, weights: Floats) -> tuple[float, int]:
+    """Standard error of one average from those that each leave blocks out, and the groups behind it."""
+    rows = torch.from_numpy(full), torch.from_numpy(left_out)[:, None], torch.from_numpy(weights)
+    error = correlated_jackknife(*rows)
+    return float(error.stderr), int(error.groups)
+
+
 def _ratio(numerator: Floats | float, denominator: Floats) -> Floats:
     """``nan`` where the denominator is 0, since nothing moves there."""
     unknown = np.full_like(denominator, math.nan)
@@ -323,13 +367,14 @@ def _ratio(numerator: Floats | float, denominator: Floats) -> Floats:
 class _Window(NamedTuple):
     """The relation of every section and what it is made of.
 
-    Both sides with their replicates, the level E and the number of updates at each knot, the right side
-    and the samples between knots, the violation of the identity, which sections move, and whether the
-    settings stay the same.
+    Both sides with their replicates and the samples that each of these leaves out, the level E and the
+    number of updates at each knot, the right side, the samples and the violation of the identity between
+    knots, which sections move, and whether the settings stay the same.
     """
 
     left: Floats
     right: Floats
+    left_out: Floats
     level: Floats
     steps: Floats
     rights: Floats
@@ -359,16 +404,19 @@ def _window(now: Mapping[str, Tensor], reference: Reference) -> _Window | None:
     right = form.right(averages["displacement_sq"], averages.get(velocity, 0.0)) * moves
     level = form.level(path["weight_sq"], path["weight_dot_velocity"]) * moves
     left = right - (level[-1] - level[0]) / (steps[-1] - steps[0])
+    rights = form.right(blocks["displacement_sq"], blocks.get(velocity, 0.0)) * moves
     violation = None
     if "weight_dot_gradient" in now:
-        displaced = averages["weight_dot_displacement"] / form.lr
-        violation = np.where(own, averages["weight_dot_gradient"], displaced) * moves - left
+        displaced = blocks["weight_dot_displacement"] / form.lr
+        work = np.where(own, blocks["weight_dot_gradient"], displaced) * moves
+        violation = work - rights + np.diff(level, axis=0) / np.diff(steps)[:, None]
     return _Window(
         left,
         right,
+        reference.weights.numpy(),
         level,
         steps,
-        form.right(blocks["displacement_sq"], blocks.get(velocity, 0.0)) * moves,
+        rights,
         reference.block_weights,
         violation,
         moves,

@@ -301,9 +301,10 @@ class GradientNoiseScale(Observable):
 
     The source is the micro-batches of gradient accumulation and the processes of data-parallel training
     or, without either, the single examples seen by riding along with the forward and backward pass, or
-    pieces of a batch that is split where the model couples examples and ``Monitor(loss_fn=...)`` is
-    given. Its name, the loss reduction and the share of parameters covered are part of every reading.
-    Weight decay inside the optimizer is not part of the gradient measured here.
+    pieces of a batch that is split where ``Monitor(loss_fn=...)`` is given and the model couples examples,
+    or shows them for less than half of its parameters. Its name, the loss reduction and the share of
+    parameters covered are part of every reading. Weight decay inside the optimizer is not part of the
+    gradient measured here.
 
     B_simple is a ratio of averages with Fieller's interval. Where the squared gradient is within two
     standard errors of zero it is not resolved: the reading is ``nan``, and its lower bound stands.
@@ -319,9 +320,9 @@ class GradientNoiseScale(Observable):
             layers alone are sampled cheaply (with ``sampling=``) and calibrated at every record against
             the source that ``"auto"`` takes.
         cross_check: A second source, measured at recording steps. Where it covers other parameters than
-            the first, the two cannot be compared.
+            the first, the two cannot be compared; where it cannot be had, the first stands alone.
         preconditioned: Whether to measure in the metric of Adam or AdamW too; with norm layers at
-            recording steps only.
+            recording steps only. Under another optimizer these readings are ``nan``.
 
     Units:
         See ``quantities``.
@@ -393,6 +394,24 @@ class GradientNoiseScale(Observable):
             fields.add("preconditioner")
         return frozenset(fields)
 
+    @property
+    def optional(self) -> frozenset[str]:
+        """The second source and the metric: without either the scale itself stands."""
+        check = {_FIELDS[self.cross_check]} if self.cross_check is not None else set()
+        return frozenset({"preconditioner"} | check - {_FIELDS[self.source], self._others.get("full_")})
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All, without those that rest on a source or a metric that is not asked for."""
+        asked = {
+            "norm_layer_factor": self.source == "norm layers",
+            "source_ratio": self.cross_check is not None,
+            "preconditioned_scale": self.preconditioned,
+            "preconditioned_trace": self.preconditioned,
+            "preconditioned_grad_sq_norm": self.preconditioned,
+        }
+        return frozenset(name for name in self.quantities if asked.get(name, True))
+
     def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """Moments of every source at this step, and the settings they go with."""
         first: Chunks = getattr(snapshot, _FIELDS[self.source])
@@ -403,17 +422,14 @@ class GradientNoiseScale(Observable):
                 fix="This step is left out; use batches of two or more examples, or accumulate.",
             )
         statistics = _masked(first, first)
-        together = first.counted
         for prefix, field in self._others.items():
             chunks = getattr(snapshot, field) if snapshot.has(field) else None
             if prefix == "check_" and chunks is not None and not comparable(first, chunks):
                 chunks = None
-            own = _masked(chunks, first)
-            together = together * own["counted"]
-            statistics |= {prefix + name: value for name, value in own.items()}
-        if self._others:  # what the first source says of the steps at which there are others
-            own = _masked(first, first)
-            statistics |= {"both_" + name: value * together for name, value in own.items()}
+            other, own = _masked(chunks, first), _masked(first, first)
+            statistics |= {prefix + name: value for name, value in other.items()}
+            # what the first source says of the steps at which there is the other
+            statistics |= {f"at_{prefix}{name}": value * other["counted"] for name, value in own.items()}
         if self.preconditioned:
             field = self._others.get("full_", _FIELDS[self.source])
             chunks = getattr(snapshot, field).preconditioned if snapshot.has(field) else None
@@ -453,9 +469,7 @@ class GradientNoiseScale(Observable):
             text += f"; skipped: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
         if snapshot.has("replacement") and not snapshot.replacement:
             text += "; batches are drawn without replacement"
-            if snapshot.has("dataset_size"):
-                text += f", {snapshot.dataset_size / snapshot.batch_size:.3g} per epoch"
-        if self.cross_check is not None:
+        if self.cross_check is not None and snapshot.has(_FIELDS[self.cross_check]):
             other: Chunks = getattr(snapshot, _FIELDS[self.cross_check])
             verb = "checked against" if comparable(chunks, other) else "not comparable with"
             text += f"; {verb}: {other.source}, over {100 * other.coverage:.0f} % of parameters"
@@ -474,13 +488,13 @@ class GradientNoiseScale(Observable):
             readings |= {f"{name}/{u}": value for name, value in own.items()}
         trace, signal = traces.sum(-1), signals.sum(-1)
         readings |= {"trace": trace, "grad_sq_norm": signal}
-        readings["batch_grad_sq_norm"] = now["whole"].sum(-1) / now["counted"]
+        readings["batch_grad_sq_norm"] = now[source + "whole"].sum(-1) / now[source + "counted"]
         above, below = trace, signal
         if source:
             all_trace, all_signal = (moment.sum(-1) for moment in _solve(now))
-            both_trace, both_signal = (moment.sum(-1) for moment in _solve(now, "both_"))
-            readings["norm_layer_factor"] = (trace / signal) / (both_trace / both_signal)
-            above, below = all_trace * trace * both_signal, all_signal * signal * both_trace
+            own_trace, own_signal = (moment.sum(-1) for moment in _solve(now, "at_full_"))
+            readings["norm_layer_factor"] = (trace / signal) / (own_trace / own_signal)
+            above, below = all_trace * trace * own_signal, all_signal * signal * own_trace
         total = resolved_scale(above, below, weights)
         scale = total["scale"]
         if "dataset_size" in now:
@@ -498,10 +512,13 @@ class GradientNoiseScale(Observable):
             readings["sgd_scale"] = Estimate(_latest("sgd_scale", reference), 0.0)
         if "heat" in now:
             parameters = now[source + "parameters"] / now[source + "counted"]
-            readings["temperature"] = _latest("heat", reference) / parameters * trace
+            temperature, epoch = _latest("heat", reference) / parameters * trace, ""
+            if "dataset_size" in now:  # of the usual batch, not of a short one at the end of an epoch
+                epoch = f"{float((now['dataset_size'] / now['batch_size'])[0]):.3g} batches per epoch"
+            readings["temperature"] = Estimate(temperature, note=epoch)
         if self.cross_check is not None:
-            both, check = (_solve(now, prefix)[0].sum(-1) for prefix in ("both_", "check_"))
-            readings["source_ratio"] = check / both
+            first, second = (_solve(now, prefix)[0].sum(-1) for prefix in ("at_check_", "check_"))
+            readings["source_ratio"] = second / first
         if self.preconditioned:
             trace, signal = (moment.sum(-1) for moment in _solve(now, "preconditioned_"))
             readings |= {"preconditioned_trace": trace, "preconditioned_grad_sq_norm": signal}
@@ -566,8 +583,8 @@ def resolved_scale(trace: Tensor, signal: Tensor, weights: Tensor) -> dict[str, 
     ends = ratio_interval(above, below, var_n, var_d, cov, t_quantile(covariance.groups))
     low, high = (max(ends[0], 0.0), ends[1]) if ends[1] > 0 else (0.0, math.inf)
     if below < 2 * var_d**0.5:
-        note = f"not resolved, at least {low:.3g}"
-        scale = Estimate(ratio * math.nan, low=low, high=high, resolved=False, note=note)
+        bound = f"at least {low:.3g}" if low > 0 else "without a bound"
+        scale = Estimate(ratio * math.nan, low=low, high=high, resolved=False, note=f"not resolved, {bound}")
     else:
         scale = Estimate(ratio, low=low, high=high)
     return {"scale": scale, "scale_lower_bound": Estimate(low, math.nan)}

@@ -250,7 +250,7 @@ def _kernel(
             rows=rows,
             names=names,
             layers=layers,
-            weights=_checked_weights(weights, tape.parameters),
+            weights=checked_weights(weights, tape.parameters),
             sketch_size=sketch_size,
             generator=generator,
             chunk_size=chunk_size,
@@ -321,9 +321,10 @@ def _reached(tape: LayerTape, on_unsupported: str) -> list[str]:
     return names
 
 
-def _checked_weights(
+def checked_weights(
     weights: Mapping[str, float | Tensor] | None, parameters: Mapping[str, Tensor]
 ) -> dict[str, float | Tensor]:
+    """Weights of parameters by name, refused where they do not fit."""
     for name, weight in (weights or {}).items():
         if name not in parameters:
             raise InputError(
