@@ -6,11 +6,12 @@ Every hook hands its arguments to the engine; when to measure, what, and how sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence, Sized
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 
 from gradiometer.control import Controller
@@ -101,6 +102,7 @@ class DynamicsMonitor(Callback):
             budget=budget,
         )
         self._prefix, self._layout, self._print_table = prefix, layout, print_table
+        self._grows = False
         self._progress_bar = {f"{prefix}/{key}" for key in progress_bar}
 
     @property
@@ -110,13 +112,10 @@ class DynamicsMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the engine on the optimizer that trains."""
-        accumulating = [type(one).__name__ for one in self.session.controllers if one.accumulates]
-        if accumulating and trainer.strategy.handles_gradient_accumulation:
-            raise InputError(
-                f"{accumulating[0]} cannot change how many batches this strategy accumulates by itself",
-                got=type(trainer.strategy).__name__,
-                fix="Give it a sampler=, or use another strategy.",
-            )
+        acting = [one for one in self.session.controllers if not one.dry_run and "batch_size" in one.turns()]
+        if any(one.accumulates for one in acting):
+            _check_accumulation(trainer)
+        self._grows = any(not one.accumulates for one in acting)
         logs = [LoggersRecorder(trainer.loggers, layout=self._layout, prefix=self._prefix)]
         self.session.start(pl_module, trainer.optimizers, recorders=logs, loader=trainer.train_dataloader)
 
@@ -127,6 +126,8 @@ class DynamicsMonitor(Callback):
         wanted = self.session.accumulation
         if wanted and batch_idx % wanted == 0 and pl_module.automatic_optimization:
             trainer.accumulate_grad_batches = wanted
+        if self._grows:
+            _count_batches(trainer, batch_idx)
         self.session.begin(batch, step=trainer.global_step, index=batch_idx)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -176,3 +177,34 @@ class DynamicsMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the engine is built."""
         self.session.load_state_dict(state_dict)
+
+
+def _check_accumulation(trainer: Trainer) -> None:
+    """Refuse a run in which something else says how many batches are accumulated."""
+    rivals = [one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]
+    rival = trainer.strategy if trainer.strategy.handles_gradient_accumulation else [*rivals, None][0]
+    if rival is not None:
+        raise InputError(
+            "NoiseScaleBatchSize cannot change how many batches are accumulated where something else does",
+            got=type(rival).__name__,
+            fix="Give it a sampler= instead, or leave the other out.",
+        )
+
+
+def _count_batches(trainer: Trainer, batch_idx: int) -> None:
+    """Bring the trainer's count of an epoch's batches up to date.
+
+    It is made once, and validation waits for a batch of that number: after the batch has grown it would
+    never come.
+    """
+    limit, interval = trainer.limit_train_batches, trainer.val_check_interval
+    batches = len(cast("Sized", trainer.train_dataloader))
+    batches = (
+        min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+    )
+    batches = max(batches, batch_idx + 1)
+    trainer.fit_loop.max_batches = batches
+    if isinstance(interval, float):
+        trainer.val_check_batch = max(1, int(batches * interval))
+    elif isinstance(interval, int) and trainer.check_val_every_n_epoch is not None:
+        trainer.val_check_batch = min(interval, batches)

@@ -16,7 +16,8 @@ def load(path):
 
 
 def test_all_examples_are_listed():
-    assert {path.stem for path in EXAMPLES} == {"new_observable", "plain_loop"}
+    names = {"batch_growth", "equilibrium", "new_observable", "plain_loop", "robust_classifier"}
+    assert {path.stem for path in EXAMPLES} == names
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -32,7 +33,8 @@ def test_example_runs_and_prints_its_table(path, tmp_path, monkeypatch, capsys):
 
 def test_plain_loop_writes_all_groups_where_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    memory = load(EXAMPLES[1]).main(steps=25, log_dir="here")
+    (path,) = (path for path in EXAMPLES if path.stem == "plain_loop")
+    memory = load(path).main(steps=25, log_dir="here")
     groups = {key.split("/")[1] for key in memory.latest()}
     assert groups == {"ntk", "jacobian", "noise", "fdr", "cost"}
     assert (tmp_path / "here" / "dynamics.jsonl").stat().st_size > 0

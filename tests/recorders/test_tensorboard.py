@@ -1,5 +1,6 @@
 import io
 import math
+import re
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from gradiometer import Reading, TensorBoardRecorder
+from gradiometer.control.panel import QUANTITIES
 from gradiometer.errors import InputError
 from gradiometer.observables import OBSERVABLES
 from gradiometer.recorders import custom_scalars_layout
@@ -85,8 +87,7 @@ def test_layout_reads_back_and_names_only_readings_that_exist(tmp_path):
     assert titles == list(custom_scalars_layout("physics")["physics"])
     declared = {f"physics/{o.group}/{name}" for o in OBSERVABLES for name in o.quantities}
     declared |= {"physics/cost/fraction", "physics/cost/seconds"}
-    import re
-
+    declared |= {f"physics/control/{name}" for name in QUANTITIES}
     for chart in category.chart:
         for pattern in chart.multiline.tag:
             if "physics" in pattern:
