@@ -442,9 +442,7 @@ class Wrapped(nn.Linear):
 
 def test_without_a_loss_outputs_are_one_tensor():
     model, x = Wrapped(4, 2), torch.randn(5, 4)
-    with pytest.raises(
-        InputError, match=r"one tensor of outputs \[N, ...\], got dict\. Pass loss_fn="
-    ):
+    with pytest.raises(InputError, match=r"one tensor of outputs \[N, ...\], got dict\. Pass loss_fn="):
         suggest_learning_rate(model, x)
     assert suggest_learning_rate(model, x, loss_fn=lambda out, y: out["logits"].square().mean()).limit > 0
 

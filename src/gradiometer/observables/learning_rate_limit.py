@@ -122,7 +122,7 @@ def suggest_learning_rate(
     16 copies of the parameters at most.
 
     Without a loss it is the largest eigenvalue of the full tangent kernel over N: the curvature of half the
-    mean squared error :math:`\sum_a |f(x_a) - y_a|^2 / 2N` of the linearised model, whatever the targets. Softmax
+    squared error :math:`\sum_a |f(x_a) - y_a|^2 / 2N` of the linearised model, whatever the targets. Softmax
     cross entropy has half of that curvature at most, and so twice this limit at least.
 
     Args:
