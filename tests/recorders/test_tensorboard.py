@@ -77,14 +77,20 @@ def test_arrays_that_are_not_finite_are_left_out(tmp_path):
 
 
 def test_layout_reads_back_and_names_only_readings_that_exist(tmp_path):
-    TensorBoardRecorder(tmp_path, layout=True, prefix="physics").close()
+    recorder = TensorBoardRecorder(tmp_path, layout=True, prefix="physics")
+    control = [Reading(f"physics/control/{name}", 1.0) for name in ("learning_rate", "changes")]
+    recorder(0, control)
+    recorder(1, [])
+    recorder.close()
     events = load(tmp_path)
     (event,) = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     (category,) = layout.category
     assert category.title == "physics"
     titles = [chart.title for chart in category.chart]
-    assert titles == list(custom_scalars_layout("physics")["physics"])
+    assert titles == list(custom_scalars_layout("physics", control)["physics"])
+    without = list(custom_scalars_layout("physics")["physics"])
+    assert titles == [*without, "learning rate", "changes made by controllers"]
     declared = {f"physics/{o.group}/{name}" for o in OBSERVABLES for name in o.quantities}
     declared |= {"physics/cost/fraction", "physics/cost/seconds"}
     declared |= {f"physics/control/{name}" for name in QUANTITIES}

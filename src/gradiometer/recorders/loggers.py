@@ -30,14 +30,14 @@ class LoggersRecorder:
 
     def __init__(self, loggers: Sequence[Any], *, layout: bool = False, prefix: str = "dynamics") -> None:
         self._loggers = list(loggers)
-        self._prefix = prefix
+        self._prefix, self._layout = prefix, layout
         self._boards = [one for one in self._loggers if type(one).__name__ == "TensorBoardLogger"]
-        if layout:
-            for board in self._boards:
-                board.experiment.add_custom_scalars(custom_scalars_layout(prefix))
 
     def __call__(self, step: int, readings: Sequence[Reading]) -> None:
-        """Log one record."""
+        """Log one record, before the first one the layout."""
+        for board in self._boards if self._layout else ():
+            board.experiment.add_custom_scalars(custom_scalars_layout(self._prefix, readings))
+        self._layout = False
         numbers = scalars(list(readings))
         for logger in self._loggers:
             logger.log_metrics(numbers, step=step)

@@ -36,12 +36,13 @@ class TensorBoardRecorder:
     def __init__(self, log_dir: str | Path | Any, *, layout: bool = False, prefix: str = "dynamics") -> None:
         self._owned = isinstance(log_dir, (str, Path))
         self.writer: Any = _writer(log_dir) if isinstance(log_dir, (str, Path)) else log_dir
-        self._prefix = prefix
-        if layout:
-            self.writer.add_custom_scalars(custom_scalars_layout(prefix))
+        self._prefix, self._layout = prefix, layout
 
     def __call__(self, step: int, readings: Sequence[Reading]) -> None:
-        """Write one record."""
+        """Write one record, before the first one the layout."""
+        if self._layout:
+            self.writer.add_custom_scalars(custom_scalars_layout(self._prefix, readings))
+            self._layout = False
         for key, value in scalars(list(readings)).items():
             self.writer.add_scalar(key, value, step)
         write_arrays(self.writer, step, readings)
@@ -87,11 +88,14 @@ def write_decisions(writer: Any, decisions: Sequence[Decision], prefix: str = "d
         writer.add_text(make_key(prefix, "control", name), decision.sentence(), decision.step)
 
 
-def custom_scalars_layout(prefix: str = "dynamics") -> dict[str, dict[str, list[Any]]]:
+def custom_scalars_layout(
+    prefix: str = "dynamics", first: Sequence[Reading] = ()
+) -> dict[str, dict[str, list[Any]]]:
     """A custom-scalars layout: the losses, then one chart per question; no two noise scales on one axis.
 
     Args:
         prefix: Prefix of the keys.
+        first: A run's first record; charts of what not every run has are there if it is in that.
 
     Returns:
         What ``SummaryWriter.add_custom_scalars`` takes.
@@ -117,11 +121,17 @@ def custom_scalars_layout(prefix: str = "dynamics") -> dict[str, dict[str, list[
         "fluctuation and dissipation": ["fdr/left", "fdr/right"],
         "stationary? (fdr ratio)": ["fdr/ratio"],
         "stationary: 1, not: 0": ["fdr/stationary"],
+        "cost": ["cost/fraction"],
+    }
+    sometimes = {
         "learning rate over its limit": ["control/lr_over_limit"],
         "learning rate": ["control/learning_rate"],
         "batch size": ["control/batch_size"],
         "changes made by controllers": ["control/changes"],
-        "cost": ["cost/fraction"],
+    }
+    there = {reading.key for reading in first}
+    charts |= {
+        title: keys for title, keys in sometimes.items() if there & {f"{prefix}/{key}" for key in keys}
     }
     losses = {"losses": ["Multiline", [".*loss$"]]}
     return {
