@@ -1001,13 +1001,13 @@ class Monitor:
 
     def _load_control(self, saved: Mapping[str, Any]) -> None:
         """Continue with the controllers' memories; say it where a change they made is dropped."""
-        missing = list(saved["controllers"])
+        idle = list(saved["controllers"])
         if self._panel is not None:
-            missing = self._panel.load_state_dict(saved)
-        if missing and saved["changed"]:
+            idle = self._panel.load_state_dict(saved)
+        if idle and saved["changes"]:
             self._warn(
-                f"the checkpoint holds changes made by {missing}, which this monitor does not have: "
-                "learning rate and batch size go on as the script sets them."
+                f"the checkpoint holds changes made by controllers, and {', '.join(idle)} does not act on "
+                "this run: what it changed goes on as the script sets it."
             )
 
 

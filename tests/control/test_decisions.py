@@ -143,7 +143,7 @@ def test_every_decision_is_in_every_place(tmp_path):
     )
     decided = table[table.index("decisions") :]
     assert "step 2: learning_rate 0.1 -> 0.05: it is time" in decided
-    assert "EverySecond refused 2 times, lastly: step 5:" in decided
+    assert "EverySecond: 2 refusals in the log, the last one at step 5:" in decided
 
 
 def test_a_rank_of_groups_is_shown_where_they_differ():
@@ -182,8 +182,10 @@ def test_a_checkpoint_holds_them_and_loads_with_weights_only():
 def test_a_checkpoint_without_the_controller_is_told():
     first = train(Monitor(*network(), [], controllers=[EverySecond()]))
     bare = Monitor(*network(), [Clock(schedule=1)])
-    with pytest.warns(MeasurementWarning, match=r"changes made by \['EverySecond'\]"):
+    with pytest.warns(MeasurementWarning, match="and EverySecond does not act on this run"):
         bare.load_state_dict(first.state_dict())
+    with pytest.warns(MeasurementWarning, match="does not act on this run"):
+        Monitor(*network(), [], controllers=[EverySecond(dry_run=True)]).load_state_dict(first.state_dict())
     unchanged = train(Monitor(*network(), [], controllers=[EverySecond(dry_run=True)]))
     Monitor(*network(), [Clock(schedule=1)]).load_state_dict(unchanged.state_dict())
 
@@ -230,6 +232,24 @@ def test_a_recorder_that_knows_no_decisions_is_served_as_before():
     )
     train(monitor)
     assert seen == list(range(6))
+
+
+@dataclass(frozen=True)
+class Broken(EverySecond):
+    """What it decides cannot be carried out."""
+
+    def effect(self, state):
+        if state["factor"] != 1.0:
+            raise RuntimeError("out of luck")
+        return super().effect(state)
+
+
+def test_a_controller_whose_effect_fails_changes_nothing_and_ends_nothing():
+    monitor = Monitor(*network(), [], controllers=[Broken()])
+    with pytest.warns(MeasurementWarning, match="Broken could not decide: RuntimeError: out of luck"):
+        train(monitor, 4)
+    assert monitor.optimizer.param_groups[0]["lr"] == 0.1
+    assert [decision for decision in monitor.decisions if decision.wanted] == []
 
 
 def test_all_changes_are_kept_and_the_latest_refusals():

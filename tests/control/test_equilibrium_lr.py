@@ -158,6 +158,14 @@ def test_groups_together_or_each_by_itself():
     assert not any(decision.acted for decision in made)
 
 
+def test_a_factor_reached_for_all_groups_stays_when_they_are_decided_apart():
+    two = partial(view, schedule=(0.1, 0.2), decay=(0.01, 0.01), **{"0": (1.0, 1.0), "1": (3.0, 0.0)})
+    _, state, _ = play(EquilibriumLR(patience=1), [two(0)])
+    apart = EquilibriumLR(per_group=True, patience=1)
+    _, state, _ = apart.decide(two(1), state)
+    assert apart.effect(state).factors == {"": 0.1, "0": 0.1, "1": 1.0}
+
+
 def test_a_group_without_decay_is_left_alone_by_name():
     two = view(0, schedule=(0.1, 0.1), decay=(0.01, 0.0), **{"0": (1.0, 1.0), "1": (1.0, 1.0)})
     made, _, told = play(EquilibriumLR(per_group=True, patience=1), [two])
@@ -360,7 +368,7 @@ def test_the_robust_rule_fires_in_the_end():
     assert {value for step, value in factors.items() if step > drop.step} == {0.1}
     changes = dict(robust.memory.series("dynamics/control/changes"))
     assert (changes[drop.step - 50], changes[drop.step]) == (0.0, 1.0)  # a mark beside the curves
-    assert "EquilibriumLR refused" in robust.monitor.table()
+    assert "EquilibriumLR: " in robust.monitor.table()
 
 
 def test_without_weight_decay_growing_norms_are_not_taken_for_a_stationary_state():

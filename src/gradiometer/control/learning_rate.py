@@ -156,7 +156,7 @@ class EquilibriumLR(Controller):
             targets = {group.name: [i] for i, group in enumerate(view.groups)}
         else:
             targets = {"": list(range(len(view.groups)))}
-        decisions, after = [], {}
+        decisions, after = [], dict(state["targets"])  # also what was decided under other settings
         for name, members in targets.items():
             target = {"factor": 1.0, "drops": 0, "streak": 0, **state["targets"].get(name, {})}
             finding = self._finding(view, members, moved)

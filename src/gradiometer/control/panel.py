@@ -15,7 +15,7 @@ import torch
 from .. import parallel
 from ..records import Decision, Quantity
 from ..snapshot import GroupSettings
-from .base import Controller, State, View
+from .base import Controller, Effect, State, View
 from .rates import Rates
 
 GROUP = "control"
@@ -57,6 +57,7 @@ class ControlPanel:
         self._controllers = list(controllers)
         self._names = names
         self._states = [controller.start() for controller in controllers]
+        self._effects = self._effects_of(self._states)
         self.changes = 0
         acting = any("learning_rate" in one.turns() and not one.dry_run for one in controllers)
         self._hook = optimizer.register_step_pre_hook(self._before_step) if acting else None
@@ -69,12 +70,13 @@ class ControlPanel:
     @property
     def accumulation(self) -> int | None:
         """Micro-batches to accumulate from the next step on; ``None`` where that is left to the script."""
-        asked = [one.effect(state).accumulation for one, state in self._acting()]
+        asked = [effect.accumulation for effect in self._effects]
         return next((number for number in asked if number is not None), None)
 
-    def _acting(self) -> list[tuple[Controller, State]]:
-        pairs = zip(self._controllers, self._states, strict=True)
-        return [(one, state) for one, state in pairs if not one.dry_run]
+    def _effects_of(self, states: Sequence[State]) -> list[Effect]:
+        """What memories mean for the run, those of dry runs left out."""
+        pairs = zip(self._controllers, states, strict=True)
+        return [one.effect(state) for one, state in pairs if not one.dry_run]
 
     def due(self, step: int, recorded: set[str]) -> bool:
         """Whether anything is to be decided now; the same on every process.
@@ -120,8 +122,10 @@ class ControlPanel:
         for index, (controller, state) in enumerate(zip(self._controllers, self._states, strict=True)):
             if self._is_due(index, view.step, recorded):
                 try:
-                    decisions, state, message = controller.decide(view, state)
+                    decisions, after, message = controller.decide(view, state)
+                    controller.effect(after)  # fails here if it does
                     made += [decision.plain() for decision in decisions]
+                    state = after
                 except Exception as error:
                     state = {**state, "next": view.step + view.steps_per_epoch()}
                     message = f"{type(controller).__name__} could not decide: {type(error).__name__}: {error}"
@@ -131,15 +135,16 @@ class ControlPanel:
 
     def _carry_out(self) -> None:
         """Bring the run to where the memories say it is."""
-        for controller, state in self._acting():
-            controller.apply(state)
+        self._effects = self._effects_of(self._states)
         self._set_factors()
+        for controller, state in zip(self._controllers, self._states, strict=True):
+            if not controller.dry_run:
+                controller.apply(state)
 
     def _set_factors(self) -> None:
-        effects = [controller.effect(state).factors for controller, state in self._acting()]
+        factors = [effect.factors for effect in self._effects]
         self.rates.factors = [
-            math.prod(factors.get("", 1.0) * factors.get(name, 1.0) for factors in effects)
-            for name in self._names()
+            math.prod(one.get("", 1.0) * one.get(name, 1.0) for one in factors) for name in self._names()
         ]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -170,7 +175,10 @@ class ControlPanel:
             name = type(controller).__name__
             refusals = [d for d in self.decisions if d.controller == name and not d.wanted]
             if refusals:
-                lines.append(f"{name} refused {len(refusals)} times, lastly: {refusals[-1].sentence()}")
+                count = (
+                    f"{len(refusals)} refusals in the log" if len(refusals) > 1 else "1 refusal in the log"
+                )
+                lines.append(f"{name}: {count}, the last one at {refusals[-1].sentence()}")
             elif not any(decision.controller == name for decision in self.decisions):
                 lines.append(f"{name} has not come to its first check")
         return lines
@@ -188,7 +196,7 @@ class ControlPanel:
                 type(one).__name__: state for one, state in zip(self._controllers, self._states, strict=True)
             },
             "decisions": [decision.plain() for decision in self.decisions],
-            "changed": self.changes,
+            "changes": self.changes,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[str]:
@@ -198,15 +206,18 @@ class ControlPanel:
             saved: What it returned.
 
         Returns:
-            Names of controllers that the checkpoint has and this run has not.
+            Names of controllers that the checkpoint has and that do not act on this run.
         """
-        memories = dict(saved["controllers"])
+        memories = saved["controllers"]
+        idle = set(memories)
         for index, controller in enumerate(self._controllers):
-            self._states[index] = memories.pop(type(controller).__name__, self._states[index])
+            name = type(controller).__name__
+            self._states[index] = memories.get(name, self._states[index])
+            idle -= set() if controller.dry_run else {name}
         self.decisions = [Decision.from_plain(fields) for fields in saved["decisions"]]
-        self.changes = saved["changed"]
+        self.changes = saved["changes"]
         self._carry_out()
-        return sorted(memories)
+        return sorted(idle)
 
 
 def _bounded(decisions: list[Decision]) -> list[Decision]:
