@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import Case, Loop, cases, in_turn, save
+from common import Case, Loop, cases, in_turn, keep
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -109,7 +109,7 @@ def main() -> None:
     print("Cost of one regularised step in plain steps\n")
     print(markdown(results))
     if not options.quick:
-        print(f"\nsaved: {save('jacobian_regularizer', {'results': results})}")
+        keep("jacobian_regularizer", results, markdown)
 
 
 if __name__ == "__main__":
