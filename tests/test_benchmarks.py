@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,32 @@ def test_overhead_runs_quickly_and_prints_its_table():
     assert "| convnet | adamw |" in run.stdout
 
 
-def test_readme_shows_the_saved_run(monkeypatch):
+@pytest.mark.parametrize("name", ["overhead", "schedules", "jacobian_regularizer"])
+def test_readme_shows_the_saved_run(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import overhead
-
-    saved = json.loads((ROOT / "benchmarks/results/overhead.json").read_text())
-    assert overhead.markdown(saved["results"]) in (ROOT / "README.md").read_text()
+    saved = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    assert import_module(name).markdown(saved["results"]) in (ROOT / "README.md").read_text()
     assert saved["environment"]["torch"].startswith("2.13.0")
+
+
+def test_the_regulariser_runs_quickly_and_prints_its_table():
+    command = [sys.executable, "benchmarks/jacobian_regularizer.py", "--quick"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for row in ("| convnet |", "| convnet, B = 128 |", "| mlp |", "| transformer |"):
+        assert row in run.stdout
+
+
+def test_schedules_run_quickly_and_those_that_do_nothing_end_where_the_constant_rate_does():
+    command = [sys.executable, "benchmarks/schedules.py", "--quick"]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")]
+    for name in ("EquilibriumLR", "NoiseScaleBatchSize"):
+        found = [row[1:6] for row in rows if row[0] == f"| {name}"]
+        assert found == [row[1:6] for row in rows if row[0] == "| constant"]
+        assert len(found) == 2  # one for each model
 
 
 def test_ntk_runs_quickly_and_prints_its_tables():

@@ -1,6 +1,7 @@
 """NoiseScaleBatchSize: when it doubles the batch, when it refuses and why, and how the batch really grows."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -66,6 +67,14 @@ def test_a_check_that_calls_for_less_begins_the_count_anew():
     made, *_ = play(NoiseScaleBatchSize(), [view(t, *pair) for t, pair in enumerate(calls)])
     assert [decision.factor for decision in made] == [1.0] * 5 + [2.0]
     assert made[2].reason == "the noise scale calls for no more than 1.5 times the batch"
+
+
+def test_an_unresolved_check_neither_counts_nor_begins_the_count_anew():
+    unknown = partial(view, scale=nan, low=50.0, resolved=False)
+    calls = partial(view, scale=100.0, low=50.0)
+    views = [calls(0), unknown(1), calls(2), unknown(3), unknown(4), calls(5)]
+    made, *_ = play(NoiseScaleBatchSize(), views)
+    assert [decision.factor for decision in made] == [1.0] * 5 + [2.0]
 
 
 def test_an_estimate_that_is_not_resolved_never_acts():

@@ -27,12 +27,15 @@ _KEYS = ("noise/scale", "noise/critical_batch_fraction")
 
 
 class _Found(NamedTuple):
-    """The batch size, the noise scale, and why the batch is not to grow; empty where it is."""
+    """The batch size, the noise scale, why the batch is not to grow, and whether it is called for.
+
+    The reason is empty where there is none; the last is ``None`` where nobody can say.
+    """
 
     batch: int
     scale: float
     why_not: str
-    calls_for_more: bool
+    calls_for_more: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class NoiseScaleBatchSize(Controller):
 
     A check calls for more where ``kappa`` times ``noise/scale`` is above one and a half times the batch, and
     the lower end of its 95 % interval is above the batch, too. A noise scale that is not resolved never
-    moves anything, and the batch never shrinks.
+    moves anything: it neither counts as a check nor begins the count anew. The batch never shrinks.
 
     The batch grows in one of two ways. With a ``sampler``, its size is doubled between two batches. Without
     one, gradients are accumulated over twice as many micro-batches: the Lightning callback sets
@@ -57,7 +60,7 @@ class NoiseScaleBatchSize(Controller):
             for optimizers other than SGD its square root; ``"noise"`` doubles the rate, so that
             :math:`g = \epsilon N / 2B` stays the same.
         check_every: Steps between checks.
-        patience: Checks in a row that must call for more.
+        patience: Checks in a row that must call for more, those aside at which the scale is not resolved.
         max_batch_size: Examples in a batch of all processes, at most. A tenth of the data set is the limit in
             any case; where the data set has no known size, this must be given.
         dry_run: Say what would be done, and change nothing.
@@ -165,7 +168,7 @@ class NoiseScaleBatchSize(Controller):
     def decide(self, view: View, state: State) -> tuple[list[Decision], State, str]:
         """One check: twice the batch, or the reason for none."""
         found = self._find(view, state)
-        streak = state["streak"] + 1 if found.calls_for_more else 0
+        streak = state["streak"] + bool(found.calls_for_more) if found.calls_for_more is not False else 0
         why_not = found.why_not
         if not why_not and streak < self.patience:
             why_not = f"called for at {streak} of the {self.patience} checks in a row that are asked for"
@@ -193,7 +196,7 @@ class NoiseScaleBatchSize(Controller):
         scale = view.number("noise/scale")
         reading = view.readings.get("noise/scale")
         limit = min(self.max_batch_size or math.inf, (view.dataset_size or math.inf) / SHARE)
-        why_not, calls = "", False
+        why_not, calls = "", None
         if not batch:
             why_not = "the size of the batch is not known: call monitor.micro_batch(x, y)"
         elif self.sampler is None and not (state["accumulation"] or view.micro_batches):
@@ -204,9 +207,9 @@ class NoiseScaleBatchSize(Controller):
         elif self._not_followed(batch, state):
             why_not = f"the batch is not yet the {state['asked']} examples asked for"
         elif self.kappa * scale <= WORTH_IT * batch:
-            why_not = f"the noise scale calls for no more than {WORTH_IT:g} times the batch"
+            why_not, calls = f"the noise scale calls for no more than {WORTH_IT:g} times the batch", False
         elif not self.kappa * reading.low > batch:
-            why_not = "the lower end of the noise scale's interval is not above the batch"
+            why_not, calls = "the lower end of the noise scale's interval is not above the batch", False
         else:
             calls = True
             if GROWTH * batch > limit:
