@@ -117,7 +117,13 @@ class DynamicsMonitor(Callback):
             _check_accumulation(trainer)
         self._grows = any(not one.accumulates for one in acting)
         logs = [LoggersRecorder(trainer.loggers, layout=self._layout, prefix=self._prefix)]
-        self.session.start(pl_module, trainer.optimizers, recorders=logs, loader=trainer.train_dataloader)
+        self.session.start(
+            pl_module,
+            trainer.optimizers,
+            recorders=logs,
+            loader=trainer.train_dataloader,
+            step=trainer.global_step,
+        )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -126,7 +132,7 @@ class DynamicsMonitor(Callback):
         wanted = self.session.accumulation
         if wanted and batch_idx % wanted == 0 and pl_module.automatic_optimization:
             trainer.accumulate_grad_batches = wanted
-        if self._grows:
+        if self._grows and hasattr(trainer.train_dataloader, "batch_sampler"):
             _count_batches(trainer, batch_idx)
         self.session.begin(batch, step=trainer.global_step, index=batch_idx)
 

@@ -242,7 +242,11 @@ class Monitor:
         self._step_began: float | None = None
         self._probe: Probe | None = None if probe is None else self._given_probe(probe)
         self._probe_is_given = probe is not None
-        self._panel = ControlPanel(controllers, optimizer, self._group_names) if controllers else None
+        self._turned = False
+        self._panel: ControlPanel | None = None
+        if controllers:
+            contain = on_error == "warn"
+            self._panel = ControlPanel(controllers, optimizer, self._group_names, contain=contain)
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     # -- the four moments --------------------------------------------------------------------------
@@ -314,8 +318,6 @@ class Monitor:
         """
         if self._begun and not self._due:
             self._ready = True
-            if self._panel is not None:
-                self._panel.rates.refresh()
             return
         with self._timed("before the step"), self._rates_in_force():
             if not self._begun:
@@ -337,9 +339,10 @@ class Monitor:
         del args, kwargs
         try:
             self._look_at_update(optimizer)
-        finally:
+        except BaseException:  # under on_error="raise", before the hook that would do it
             if self._panel is not None:
                 self._panel.rates.restore()
+            raise
 
     def _look_at_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure and record, if a step was made."""
@@ -348,8 +351,9 @@ class Monitor:
                 self._abandon_step()
                 return
             self._run.updates += 1
-            if self._settings.jumped(optimizer, sum(self._run.sizes)):
+            if self._settings.jumped(optimizer, sum(self._run.sizes)) or self._turned:
                 self._restart("settings")
+                self._turned = False
             self._run.drifts = self._settings.drifts
             self._stale = self._stale or self._settings.changed
         if not (self._begun and not self._due):
@@ -576,6 +580,8 @@ class Monitor:
             dataset_size=self.dataset_size,
         )
         decisions, messages = panel.decide(view, recorded, bool(self._together))
+        # Settings does not read a rate on a device at every step, and would not see the jump
+        self._turned = any(each.acted and each.knob == "learning_rate" for each in decisions)
         for message in messages:
             self._warn(message)
         self._hand_on(lambda recorder: getattr(recorder, "record_decisions", _ignore)(decisions))
@@ -1001,13 +1007,13 @@ class Monitor:
 
     def _load_control(self, saved: Mapping[str, Any]) -> None:
         """Continue with the controllers' memories; say it where a change they made is dropped."""
-        idle = list(saved["controllers"])
         if self._panel is not None:
-            idle = self._panel.load_state_dict(saved)
-        if idle and saved["changes"]:
+            for message in self._panel.load_state_dict(saved):
+                self._warn(message)
+        elif saved["changes"]:
             self._warn(
-                f"the checkpoint holds changes made by controllers, and {', '.join(idle)} does not act on "
-                "this run: what it changed goes on as the script sets it."
+                f"the checkpoint holds changes made by {', '.join(saved['controllers'])}, which this monitor "
+                "does not have: what they changed goes on as the script sets it."
             )
 
 

@@ -53,9 +53,10 @@ class Session:
         output_key: str | None = None,
         **arguments: Any,
     ) -> None:
-        settings = {name: value for name, value in arguments.items() if value is not None}
-        self.controllers = settings.pop("controllers", ())
+        self.controllers = arguments.get("controllers", ())
         check_controllers(self.controllers)
+        settings = {name: value for name, value in arguments.items() if value is not None}
+        settings.pop("controllers", None)
         check_settings(settings.pop("observables", ()), **settings)
         self.arguments = arguments
         self.monitor: Monitor | None = None
@@ -71,6 +72,7 @@ class Session:
         *,
         recorders: Sequence[Recorder] = (),
         loader: Any = None,
+        step: int = 0,
     ) -> None:
         """Build the monitor, and continue from a state that was loaded or left by an earlier run.
 
@@ -79,6 +81,8 @@ class Session:
             optimizers: Its optimizers; with several nothing is measured, and a warning says so.
             recorders: Where readings go.
             loader: The training loader, for the size of the data set and how batches are drawn.
+            step: The optimizer step at which training begins; controllers go on from an earlier run only
+                where that is not before its end.
 
         Raises:
             InputError: If a controller cannot act on this run.
@@ -94,6 +98,8 @@ class Session:
             self.monitor.close()
             if self.monitor.model is module and not self._saved:
                 self._saved = self.state_dict()
+                if step < self.monitor.step:  # a run of its own
+                    self._saved["monitor"]["control"] = None
         self.monitor = Monitor(
             module,
             optimizers[0],
@@ -184,8 +190,8 @@ class Session:
             state: What :meth:`state_dict` returned.
         """
         self._saved = state
-        memories = ((state["monitor"]["control"] or {}) if state else {}).get("controllers", {})
+        held = ((state["monitor"].get("control") or {}) if state else {}).get("controllers", {})
         for controller in self.controllers:
-            memory = memories.get(type(controller).__name__)
-            if memory is not None and not controller.dry_run:
-                controller.apply(memory)
+            own = held.get(type(controller).__name__)
+            if own is not None and not own["dry_run"] and not controller.dry_run:
+                controller.apply(own["memory"])

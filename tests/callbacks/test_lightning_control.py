@@ -193,6 +193,85 @@ def test_resumed_in_lightning_it_decides_the_same(tmp_path, at):
     assert first == [d for d in reference.monitor.decisions if d.step < at]
 
 
+@dataclass(frozen=True)
+class Tenth(Controller):
+    """Lowers the rate to a tenth after step 20."""
+
+    knobs = ("learning_rate",)
+    dry_run: bool = False
+
+    def observables(self):
+        return (Clock(schedule=1),)
+
+    def start(self):
+        return {"next": 20, "factor": 1.0}
+
+    def effect(self, state):
+        return Effect({"": state["factor"]})
+
+    def decide(self, view, state):
+        factor = 0.1 if view.step == 20 else 1.0
+        made = Decision(view.step, "Tenth", "learning_rate", "the time", {}, view.groups[0].lr, factor)
+        return [made], {"next": view.step + 1, "factor": state["factor"] * factor}, ""
+
+
+class OwnSchedule(Module):
+    """Sets its rate by hand, in one of the places where scripts do."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.seen_rates = where, []
+
+    def turn(self, where):
+        if where == self.where:
+            (group,) = self.trainer.optimizers[0].param_groups
+            self.seen_rates.append(group["lr"])
+            group["lr"] *= 0.99
+
+    def training_step(self, batch, index):
+        self.turn("training step")
+        return super().training_step(batch, index)
+
+    def on_before_zero_grad(self, optimizer):
+        self.turn("before zero grad")
+
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
+        self.turn("before optimizer step")
+
+    def on_train_batch_start(self, batch, index):
+        self.turn("batch start")
+
+
+@pytest.mark.parametrize(
+    "where", ["training step", "before zero grad", "before optimizer step", "batch start"]
+)
+def test_a_script_that_sets_its_rate_by_hand_finds_what_it_wrote(where, tmp_path):
+    module = OwnSchedule(where)
+    fit(module, [Tenth()], tmp_path, max_steps=40, max_epochs=-1)
+    assert module.seen_rates == pytest.approx([0.1 * 0.99**step for step in range(40)])
+    factors = [1.0] * 21 + [0.1] * 19
+    assert module.rates == pytest.approx([0.1 * 0.99 ** (s + 1) * f for s, f in enumerate(factors)])
+
+
+def test_a_second_run_of_the_same_callback_begins_anew_and_a_longer_one_goes_on(tmp_path):
+    callback = DynamicsMonitor([], controllers=[Tenth()], print_table=False)
+    module = Module()
+
+    def trainer(steps):
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        plain = {"enable_checkpointing": False, "accelerator": "cpu", "devices": 1, "max_epochs": -1}
+        return pl.Trainer(max_steps=steps, callbacks=[callback], default_root_dir=tmp_path, **quiet, **plain)
+
+    first = trainer(30)
+    first.fit(module, loader())
+    first.fit_loop.epoch_loop.max_steps = 35
+    first.fit(module, loader())
+    assert module.rates[-5:] == pytest.approx([0.01] * 5)
+    trainer(10).fit(module, loader())
+    assert module.rates[-10:] == [0.1] * 10
+
+
 def by_hand(module, windows):
     """Steps over these numbers of micro-batches and with these divisors of the loss."""
     sgd = module.configure_optimizers()

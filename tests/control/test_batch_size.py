@@ -133,15 +133,20 @@ def test_the_noise_of_sgd_stays_the_same_where_the_rate_doubles_too():
 
 
 def test_a_change_that_the_loop_does_not_take_up_is_not_repeated():
-    views = [view(0, 1e3, 500.0), view(1, 1e3, 500.0), view(2, 1e3, 500.0, batch=20, parts=2)]
+    views = [view(t, 1e3, 500.0) for t in range(3)] + [view(3, 1e3, 500.0, batch=20, parts=2)]
     made, state, told = play(NoiseScaleBatchSize(patience=1), views)
-    assert [decision.acted for decision in made] == [True, False, True]
+    assert [decision.acted for decision in made] == [True, False, False, True]
     assert made[1].reason == "the batch is not yet the 20 examples asked for"
-    assert "read monitor.accumulation" in told[1]
-    assert told[0] == told[2] == ""
+    assert [("read monitor.accumulation" in text) for text in told] == [False, False, True, False]
     assert state["accumulation"] == 4
     with_sampler = NoiseScaleBatchSize(patience=1, sampler=sampler())
-    assert "batch_sampler=" in play(with_sampler, views[:2])[2][1]
+    assert "batch_sampler=" in play(with_sampler, views[:3])[2][2]
+
+
+def test_what_another_way_of_growing_asked_for_is_not_waited_for():
+    _, state, _ = play(NoiseScaleBatchSize(patience=1, sampler=sampler()), [view(0, 1e3, 500.0)])
+    made, *_ = NoiseScaleBatchSize(patience=1).decide(view(1, 1e3, 500.0), state)
+    assert made[0].acted
 
 
 def test_a_short_last_window_is_not_taken_for_the_usual_one():
@@ -154,6 +159,12 @@ def test_a_short_last_window_is_not_taken_for_the_usual_one():
 def test_a_loop_that_does_not_say_its_batches_is_refused():
     made, *_ = play(NoiseScaleBatchSize(patience=1), [view(0, 1e3, 500.0, batch=0)])
     assert "monitor.micro_batch" in made[0].reason
+
+
+def test_a_dry_run_follows_the_rate_there_would_be():
+    dry = NoiseScaleBatchSize(patience=1, dry_run=True, sampler=sampler(), learning_rate="noise")
+    made, *_ = play(dry, [view(t, 50.0, 40.0) for t in range(2)])
+    assert [d.before for d in made if d.knob == "learning_rate"] == [0.1, 0.2]
 
 
 def test_a_dry_run_goes_on_from_the_batch_there_would_be():
@@ -173,11 +184,13 @@ def test_a_dry_run_goes_on_from_the_batch_there_would_be():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kappa": 0.0}, "kappa must be positive"),
+        ({"kappa": 0.0}, "kappa must be a number above 0"),
         ({"learning_rate": "linear"}, "unknown learning_rate"),
         ({"check_every": 0}, "check_every must be"),
         ({"patience": 1.5}, "patience must be"),
         ({"max_batch_size": -2}, "max_batch_size must be"),
+        ({"kappa": "1"}, "kappa must be a number"),
+        ({"dry_run": 1}, "dry_run must be True or False"),
         (
             {"sampler": RandomSampler(TensorDataset(torch.zeros(3)))},
             "must be the loader's GrowingBatchSampler",
@@ -218,6 +231,9 @@ def test_a_loader_with_another_sampler_is_refused():
     with pytest.raises(InputError, match="does not draw its batches from the sampler"):
         NoiseScaleBatchSize(sampler=ours).check_loader(DataLoader(data, batch_size=8))
     NoiseScaleBatchSize().check_loader(DataLoader(data, batch_size=8))
+    for several in ([DataLoader(data, batch_sampler=ours)], {"a": DataLoader(data, batch_sampler=ours)}):
+        with pytest.raises(InputError, match="acts on one training loader, got"):
+            NoiseScaleBatchSize(sampler=ours).check_loader(several)
 
 
 # -- in a loop -------------------------------------------------------------------------------------

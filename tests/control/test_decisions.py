@@ -25,7 +25,7 @@ from gradiometer import (
 )
 from gradiometer.control import Effect, View
 from gradiometer.control.panel import QUANTITIES
-from gradiometer.errors import MeasurementWarning
+from gradiometer.errors import InputError, MeasurementWarning
 
 
 def decision(step, factor=1.0, **more):
@@ -182,11 +182,17 @@ def test_a_checkpoint_holds_them_and_loads_with_weights_only():
 def test_a_checkpoint_without_the_controller_is_told():
     first = train(Monitor(*network(), [], controllers=[EverySecond()]))
     bare = Monitor(*network(), [Clock(schedule=1)])
-    with pytest.warns(MeasurementWarning, match="and EverySecond does not act on this run"):
+    with pytest.warns(
+        MeasurementWarning, match="changes made by EverySecond, which this monitor does not have"
+    ):
         bare.load_state_dict(first.state_dict())
     with pytest.warns(MeasurementWarning, match="does not act on this run"):
         Monitor(*network(), [], controllers=[EverySecond(dry_run=True)]).load_state_dict(first.state_dict())
     unchanged = train(Monitor(*network(), [], controllers=[EverySecond(dry_run=True)]))
+    real = Monitor(*network(), [], controllers=[EverySecond()])
+    with pytest.warns(MeasurementWarning, match="was a dry run in the checkpoint, and acts now"):
+        real.load_state_dict(unchanged.state_dict())
+    assert real._panel.rates.factors == [1.0, 1.0]  # nothing that was only said is done
     Monitor(*network(), [Clock(schedule=1)]).load_state_dict(unchanged.state_dict())
 
 
@@ -250,6 +256,66 @@ def test_a_controller_whose_effect_fails_changes_nothing_and_ends_nothing():
         train(monitor, 4)
     assert monitor.optimizer.param_groups[0]["lr"] == 0.1
     assert [decision for decision in monitor.decisions if decision.wanted] == []
+
+
+@dataclass(frozen=True)
+class Odd(EverySecond):
+    """Goes wrong at the second check, in one of several ways."""
+
+    way: str = ""
+
+    @property
+    def knobs(self):
+        return () if self.way == "no knob" else ("learning_rate",)
+
+    def effect(self, state):
+        bad = {"nan": math.nan, "zero": 0.0}.get(self.way, 0.5)
+        return Effect({"": 1.0 if state["factor"] == 1.0 else bad})
+
+    def decide(self, view, state):
+        made, after, _ = super().decide(view, state)
+        if self.way == "no next":
+            del after["next"]
+        return made, after, ""
+
+    def apply(self, state):
+        if self.way == "apply" and state["factor"] != 1.0:
+            raise OSError("no such sampler")
+
+
+@pytest.mark.parametrize("way", ["nan", "zero", "no next", "no knob"])
+def test_a_memory_that_cannot_be_carried_out_is_refused(way):
+    memory = MemoryRecorder()
+    monitor = Monitor(*network(), [], controllers=[Odd(way=way)], recorders=[memory])
+    with pytest.warns(MeasurementWarning, match="the memory of Odd cannot be carried out"):
+        train(monitor, 5)
+    assert not any(factor != 1.0 for factor in monitor._panel.rates.factors)
+    assert not any(decision.wanted for decision in monitor.decisions)
+    assert [step for step, _ in memory.records] == list(range(5))  # readings go on
+    with pytest.raises(InputError, match="cannot be carried out"):
+        train(Monitor(*network(), [], controllers=[Odd(way=way)], on_error="raise"), 5)
+
+
+def test_what_cannot_be_applied_is_told_and_the_record_is_kept():
+    memory = MemoryRecorder()
+    monitor = Monitor(*network(), [], controllers=[Odd(way="apply")], recorders=[memory])
+    with pytest.warns(MeasurementWarning, match="Odd could not act: OSError: no such sampler"):
+        train(monitor, 4)
+    assert [decision.step for decision in memory.decisions if decision.acted] == [2]
+    assert [step for step, _ in memory.records] == list(range(4))
+
+
+def test_factors_of_groups_that_are_gone_are_named():
+    first = train(Monitor(*network(), [], controllers=[EverySecond(group="1")]))
+    net, _ = network()
+    other = torch.optim.SGD([{"params": [net.weight], "name": "body"}, {"params": [net.bias]}], lr=0.1)
+    Monitor(net, other, [], controllers=[EverySecond(group="1")]).load_state_dict(first.state_dict())
+    alone = torch.optim.SGD(net.parameters(), lr=0.1)
+    monitor = Monitor(net, alone, [], controllers=[EverySecond(group="1")])
+    with pytest.warns(
+        MeasurementWarning, match=r"parameter groups \['1'\], which this optimizer does not have"
+    ):
+        monitor.load_state_dict(first.state_dict())
 
 
 def test_all_changes_are_kept_and_the_latest_refusals():

@@ -112,6 +112,19 @@ def test_guards_say_what_holds_them():
     assert play(EquilibriumLR(patience=1, min_lr=0.01), [view(0)])[0][0].acted  # 0.1 * 0.1 is not below
 
 
+def test_groups_that_do_not_move_neither_block_nor_count():
+    still = partial(view, schedule=(0.0, 0.1), decay=(0.01, 0.01))
+    made, *_ = play(EquilibriumLR(patience=1, min_lr=0.01), [still(0)])
+    assert (made[0].before, made[0].acted) == (0.1, True)
+    none = view(0, schedule=(0.0,))
+    assert reasons(EquilibriumLR(patience=1), [none]) == ["the rate is 0 already"]
+    frozen = partial(view, schedule=(0.1, 0.1), decay=(0.01, 0.01), **{"0": (1.0, 1.0), "00": (1.0, 1.0)})
+    made, *_ = play(EquilibriumLR(patience=1, per_group=True), [frozen(0)])  # no section of group 1
+    assert [(d.group, d.acted, d.reason) for d in made[1:]] == [
+        ("1", False, "its parameters are not trained")
+    ]
+
+
 def test_a_missing_reading_is_a_refusal():
     bare = View(0, {}, view(0).groups, [0.1])
     assert reasons(EquilibriumLR(), [bare]) == ["fdr/stationary was not recorded at this step"]
@@ -186,16 +199,20 @@ def test_a_dry_run_calls_for_one_drop_and_then_says_that_it_was_not_made():
     ("settings", "message"),
     [
         ({"policy": "sasa+"}, "unknown policy"),
-        ({"factor": 1.0}, "factor must lie between 0 and 1"),
-        ({"factor": 0}, "factor must lie"),
-        ({"tolerance": 0.0}, "tolerance must be positive"),
-        ({"tolerance": nan}, "tolerance must be positive"),
-        ({"patience": 0}, "patience must be a whole number"),
+        ({"factor": 1.0}, r"factor must be a number above 0 and below 1, got 1\.0"),
+        ({"factor": 0}, "factor must be a number above 0"),
+        ({"factor": "0.1"}, r"factor must be a number .*, got '0\.1'"),
+        ({"tolerance": 0.0}, "tolerance must be a number above 0, got 0.0"),
+        ({"tolerance": nan}, "tolerance must be a number above 0"),
+        ({"patience": 0}, "patience must be a whole number at least 1"),
+        ({"patience": True}, "patience must be a whole number"),
         ({"check_every": 2.5}, "check_every must be"),
         ({"warmup_steps": -1}, "warmup_steps must be"),
         ({"warmup_steps": None}, "warmup_steps must be"),
         ({"max_drops": 0}, "max_drops must be"),
-        ({"min_lr": -1.0}, "min_lr must not be negative"),
+        ({"min_lr": -1.0}, "min_lr must be a number at least 0"),
+        ({"min_lr": None}, "min_lr must be a number"),
+        ({"dry_run": "no"}, "dry_run must be True or False, got 'no'"),
     ],
 )
 def test_settings_that_no_run_can_use(settings, message):

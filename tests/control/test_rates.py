@@ -1,13 +1,17 @@
 """A factor on the learning rate that every scheduler, scaler and script can live with."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from gradiometer import Controller, FluctuationDissipation, MemoryRecorder, Monitor
+from gradiometer.control import ControlPanel, Effect
 from gradiometer.control.rates import Rates
+from gradiometer.errors import InputError
 
 FACTOR = 0.25
 
@@ -32,19 +36,39 @@ def network():
     return nn.Linear(3, 2)
 
 
+@dataclass(frozen=True)
+class Fixed(Controller):
+    """Multiplies the rates from the first step on."""
+
+    factors: tuple[float, ...]
+    knobs = ("learning_rate",)
+    dry_run: bool = False
+
+    def observables(self):
+        return ()
+
+    def start(self):
+        return {"next": 0}
+
+    def effect(self, state):
+        return Effect({str(i): factor for i, factor in enumerate(self.factors)})
+
+    def decide(self, view, state):
+        raise AssertionError("there is nothing to decide by")
+
+
 class Attached:
-    """Rates driven by an optimizer's hooks, as the engine drives them."""
+    """A panel with these factors in force, and what other hooks of the optimizer see."""
 
     def __init__(self, optimizer, factors):
-        self.rates = Rates(optimizer)
-        self.rates.factors = factors
+        names = [str(i) for i in range(len(optimizer.param_groups))]
+        self.panel = ControlPanel([Fixed(tuple(factors))], optimizer, lambda: names)
+        self.panel.load_state_dict({**self.panel.state_dict(), "changes": 1})
         self.in_force = []
-        optimizer.register_step_pre_hook(lambda *_: self.rates.multiply())
         optimizer.register_step_post_hook(self.after)
 
     def after(self, optimizer, *_):
         self.in_force.append([float(group["lr"]) for group in optimizer.param_groups])
-        self.rates.restore()
 
 
 def rates_of(make, factors, optimizer_kind=torch.optim.SGD, steps=10, skip=()):
@@ -68,7 +92,7 @@ def rates_of(make, factors, optimizer_kind=torch.optim.SGD, steps=10, skip=()):
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step\\(\\)")
 def test_every_scheduler_goes_on_as_if_there_were_no_factor(name):
-    plain, _ = rates_of(SCHEDULERS[name], [])
+    plain, _ = rates_of(SCHEDULERS[name], [1.0])
     seen, in_force = rates_of(SCHEDULERS[name], [FACTOR])
     assert seen == plain
     assert in_force == [FACTOR * rate for rate in plain]
@@ -77,7 +101,7 @@ def test_every_scheduler_goes_on_as_if_there_were_no_factor(name):
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step\\(\\)")
 def test_steps_that_are_skipped_in_a_row_leave_nothing_behind(name):
-    plain, _ = rates_of(SCHEDULERS[name], [], skip=(3, 4))
+    plain, _ = rates_of(SCHEDULERS[name], [1.0], skip=(3, 4))
     seen, in_force = rates_of(SCHEDULERS[name], [FACTOR], skip=(3, 4))
     assert seen == plain
     assert in_force == [FACTOR * rate for step, rate in enumerate(plain) if step not in (3, 4)]
@@ -107,52 +131,117 @@ def test_a_scaler_that_skips_two_steps(fused):
     assert attached.in_force[-1] == [pytest.approx(0.1 / 8 * FACTOR)]
 
 
-def test_a_rate_in_a_tensor_stays_the_same_tensor():
-    net = network()
-    rate = torch.tensor(0.1)
-    optimizer = torch.optim.Adam(net.parameters(), lr=rate)
-    attached = Attached(optimizer, [FACTOR])
+def step(net, optimizer):
     net(torch.ones(4, 3)).sum().backward()
     optimizer.step()
-    assert optimizer.param_groups[0]["lr"] is rate
-    assert attached.in_force == [[pytest.approx(0.1 * FACTOR)]]
-    assert rate.item() == pytest.approx(0.1)
+    optimizer.zero_grad()
 
 
-def test_a_step_that_breaks_is_put_right_at_the_next():
+def test_one_tensor_for_all_groups_is_multiplied_once_and_stays_the_same():
+    net = network()
+    rate = torch.tensor(0.1)
+    optimizer = torch.optim.Adam([{"params": [net.weight]}, {"params": [net.bias]}], lr=rate)
+    attached = Attached(optimizer, [FACTOR, FACTOR])
+    for _ in range(3):
+        step(net, optimizer)
+        assert all(group["lr"] is rate for group in optimizer.param_groups)
+        assert rate.item() == pytest.approx(0.1)
+    assert attached.in_force == [[pytest.approx(0.1 * FACTOR)] * 2] * 3
+
+
+class BrokenError(Exception):
+    pass
+
+
+def test_a_closure_that_breaks_leaves_the_scripts_own_rates():
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     attached = Attached(optimizer, [FACTOR])
 
     def broken():
-        raise RuntimeError("out of luck")
+        raise BrokenError
 
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="luck"):
+        with pytest.raises(BrokenError):
             optimizer.step(broken)
-    net(torch.ones(4, 3)).sum().backward()
-    optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == 0.1
+    step(net, optimizer)
     assert attached.in_force == [[0.1 * FACTOR]]
-    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-def test_a_rate_written_while_the_factors_are_in_force_is_multiplied_too():
+@pytest.mark.parametrize("as_keyword", [False, True])
+@pytest.mark.parametrize("first", [0.1, torch.tensor(0.1)])
+def test_a_closure_sees_and_writes_the_scripts_own_rates(as_keyword, first):
+    """As Lightning runs a training step that sets the rate."""
     net = network()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    kind = torch.optim.Adam if isinstance(first, torch.Tensor) else torch.optim.SGD
+    optimizer = kind(net.parameters(), lr=first)
     attached = Attached(optimizer, [FACTOR])
+    (group,) = optimizer.param_groups
 
-    def closure():  # as Lightning runs a training step that sets the rate
-        optimizer.param_groups[0]["lr"] = 0.4
-        with attached.rates.in_force():
-            assert optimizer.param_groups[0]["lr"] == 0.4 * FACTOR
-        net(torch.ones(4, 3)).sum().backward()
+    def closure():
+        optimizer.zero_grad()
+        group["lr"] = float(group["lr"]) * 0.5
+        loss = net(torch.ones(4, 3)).sum()
+        loss.backward()
+        return loss
+
+    for turn in range(1, 5):
+        loss = optimizer.step(closure=closure) if as_keyword else optimizer.step(closure)
+        assert loss.requires_grad
+        assert group["lr"] == pytest.approx(0.1 * 0.5**turn)
+        assert attached.in_force[-1] == [pytest.approx(0.1 * 0.5**turn * FACTOR)]
+
+
+def test_a_step_with_several_closures():
+    net = network()
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=3)
+    attached = Attached(optimizer, [FACTOR])
+    seen = []
+
+    def closure():
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.zero_grad()
+        loss = net(torch.ones(4, 3)).square().sum()
+        loss.backward()
+        return loss
 
     optimizer.step(closure)
-    assert attached.in_force == [[0.4 * FACTOR]]
-    assert optimizer.param_groups[0]["lr"] == 0.4
-    optimizer.param_groups[0]["lr"] = 0.2
-    optimizer.step()
-    assert attached.in_force[-1] == [0.2 * FACTOR]
+    assert len(seen) > 1
+    assert set(seen) == {0.1}
+    assert attached.in_force == [[0.1 * FACTOR]]
+
+
+def test_two_acting_panels_on_one_optimizer_are_refused():
+    optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
+    first = Attached(optimizer, [FACTOR])
+    with pytest.raises(InputError, match="another monitor already turn this optimizer's learning rate"):
+        Attached(optimizer, [FACTOR])
+    first.panel.close()
+    Attached(optimizer, [FACTOR])
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+
+
+def test_an_observer_beside_it_sees_the_rates_in_force_whoever_came_first():
+    def right(order):
+        net = network()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        memory = MemoryRecorder()
+        observables = [FluctuationDissipation(schedule=5, sampling=1)]
+        for kind in order:
+            if kind == "acts":
+                Attached(optimizer, [FACTOR])
+            else:
+                monitor = Monitor(net, optimizer, observables, recorders=[memory])
+        for _ in range(21):
+            with monitor.micro_batch(torch.ones(4, 3)):
+                net(torch.ones(4, 3)).square().sum().backward()
+            monitor.before_step()
+            optimizer.step()
+            optimizer.zero_grad()
+        return memory.latest()["dynamics/fdr/right"].value
+
+    assert right(["acts", "observes"]) == right(["observes", "acts"])
 
 
 def test_groups_have_factors_of_their_own():
@@ -160,7 +249,7 @@ def test_groups_have_factors_of_their_own():
     optimizer = torch.optim.SGD([{"params": [net.weight], "lr": 0.1}, {"params": [net.bias], "lr": 0.2}])
     rates = Rates(optimizer)
     rates.factors = [1.0, 0.5]
-    with rates.in_force(), rates.in_force():
+    with rates.in_force():
         assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
         assert rates.written() == [0.1, 0.2]
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]

@@ -61,13 +61,8 @@ class View:
         Args:
             keys: As for :meth:`number`; those that were not recorded are left out.
         """
-        there = [self.readings[key] for key in keys if key in self.readings]
-        names = [key for key in keys if key in self.readings]
-        return {
-            name: (float(r.value), r.stderr)
-            for name, r in zip(names, there, strict=True)
-            if isinstance(r.value, float)
-        }
+        found = [(key, self.readings[key]) for key in keys if key in self.readings]
+        return {key: (one.value, one.stderr) for key, one in found if isinstance(one.value, float)}
 
     def steps_per_epoch(self, at_least: int = 1) -> int:
         """Optimizer steps in an epoch, 1,000 where that is not known.
@@ -181,6 +176,51 @@ class Controller(ABC):
             state: The memory, after a change or after resumption.
         """
         del state
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    whole: bool = False,
+) -> None:
+    """Refuse a setting that is no number, or out of its range.
+
+    Args:
+        name: The setting.
+        value: What was given.
+        least: The smallest that will do.
+        above: What it has to be above.
+        below: What it has to be below.
+        whole: Whether it has to be a whole number.
+
+    Raises:
+        InputError: If it will not do.
+    """
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not (number and value >= least and above < value < below):
+        limits = {"at least": least, "above": above, "below": below}
+        wants = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
+        kind = "a whole number" if whole else "a number"
+        raise InputError(
+            f"{name} must be {kind} {wants}", got=repr(value), fix=f"Leave {name}= out for the default."
+        )
+
+
+def check_dry_run(value: Any) -> None:
+    """Refuse what might be taken for the opposite.
+
+    Args:
+        value: What was given.
+
+    Raises:
+        InputError: If it is neither ``True`` nor ``False``.
+    """
+    if not isinstance(value, bool):
+        raise InputError("dry_run must be True or False", got=repr(value), fix="Write dry_run=True.")
 
 
 def check_controllers(controllers: Any) -> None:

@@ -7,13 +7,14 @@ former takes half the updates, for as long as the batch stays below the noise sc
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from ..errors import InputError
 from ..observables import GradientNoiseScale, Observable
 from ..records import Decision
-from .base import Controller, Effect, State, View
+from .base import Controller, Effect, State, View, check_dry_run, check_number
 from .sampler import GrowingBatchSampler
 
 Coupling = Literal["keep", "optimal", "noise"]
@@ -103,8 +104,7 @@ class NoiseScaleBatchSize(Controller):
                 fix="Write sampler = GrowingBatchSampler(RandomSampler(dataset), 32), "
                 "DataLoader(dataset, batch_sampler=sampler) and NoiseScaleBatchSize(sampler=sampler).",
             )
-        if not self.kappa > 0:
-            raise InputError("kappa must be positive", got=self.kappa, fix="Write kappa=1.0.")
+        check_number("kappa", self.kappa, above=0)
         if self.learning_rate not in get_args(Coupling):
             raise InputError(
                 "unknown learning_rate",
@@ -113,11 +113,9 @@ class NoiseScaleBatchSize(Controller):
             )
         for name in ("check_every", "patience", "max_batch_size"):
             value = getattr(self, name)
-            left_out = value is None and name == "max_batch_size"
-            if not left_out and (not isinstance(value, int) or value < 1):
-                raise InputError(
-                    f"{name} must be a whole number of at least 1", got=repr(value), fix="Leave it out."
-                )
+            if value is not None or name != "max_batch_size":
+                check_number(name, value, least=1, whole=True)
+        check_dry_run(self.dry_run)
 
     def turns(self) -> frozenset[str]:
         """The batch size, and the learning rate where it follows."""
@@ -142,6 +140,13 @@ class NoiseScaleBatchSize(Controller):
 
     def check_loader(self, loader: Any) -> None:
         """Refuse a loader that draws its batches from another sampler."""
+        several = isinstance(loader, (Mapping, Sequence)) or hasattr(loader, "flattened")
+        if self.sampler is not None and several:
+            raise InputError(
+                "NoiseScaleBatchSize acts on one training loader",
+                got=type(loader).__name__,
+                fix="Train on one loader, or leave sampler= out and accumulate.",
+            )
         used = getattr(loader, "batch_sampler", self.sampler)  # what hides its sampler is seen by its batches
         if self.sampler is not None and used is not self.sampler:
             raise InputError(
@@ -154,7 +159,8 @@ class NoiseScaleBatchSize(Controller):
 
     def start(self) -> State:
         """The batch as the script makes it."""
-        return {"next": 1, "streak": 0, "grown": 1, "asked": 0, "size": 0, "accumulation": 0, "factor": 1.0}
+        numbers = {"streak": 0, "grown": 1, "asked": 0, "waited": 0, "size": 0, "accumulation": 0}
+        return {"next": 1, "factor": 1.0, **numbers}
 
     def effect(self, state: State) -> Effect:
         """The micro-batches and the learning rate reached so far."""
@@ -172,7 +178,8 @@ class NoiseScaleBatchSize(Controller):
         why_not = found.why_not
         if not why_not and streak < self.patience:
             why_not = f"called for at {streak} of the {self.patience} checks in a row that are asked for"
-        after = {**state, "next": view.step + self.check_every, "streak": streak}
+        waited = state["waited"] + 1 if self._not_followed(found.batch, state) else 0
+        after = {**state, "next": view.step + self.check_every, "streak": streak, "waited": waited}
         made = [self._decision(view, "batch_size", found.batch, 1.0 if why_not else GROWTH, why_not)]
         if not why_not:
             factor = self._rate_factor(view, found)
@@ -187,8 +194,9 @@ class NoiseScaleBatchSize(Controller):
             else:
                 after["accumulation"] = (state["accumulation"] or view.micro_batches) * GROWTH
             if factor != 1.0:
-                made.append(self._decision(view, "learning_rate", view.groups[0].lr, factor, ""))
-        return made, after, self._not_followed(found.batch, state)
+                before = view.groups[0].lr * (state["factor"] if self.dry_run else 1.0)
+                made.append(self._decision(view, "learning_rate", before, factor, ""))
+        return made, after, self._advice(found.batch, state) if waited > 1 else ""
 
     def _find(self, view: View, state: State) -> _Found:
         """Whether the noise scale calls for more."""
@@ -216,10 +224,13 @@ class NoiseScaleBatchSize(Controller):
                 why_not = f"the batch would be above its limit of {limit:.0f}"
         return _Found(batch, scale, why_not, calls)
 
-    def _not_followed(self, batch: int, state: State) -> str:
-        """What to tell where the script has not taken up an earlier change."""
-        if self.dry_run or not batch or batch >= state["asked"]:
-            return ""
+    def _not_followed(self, batch: int, state: State) -> bool:
+        """Whether an earlier change has not come to the batches yet."""
+        mine = state["accumulation"] if self.sampler is None else state["size"]
+        return bool(mine) and not self.dry_run and 0 < batch < state["asked"]
+
+    def _advice(self, batch: int, state: State) -> str:
+        """What to tell where the script does not take up a change."""
         fix = (
             "pass the sampler to the training loader, as batch_sampler="
             if self.sampler is not None

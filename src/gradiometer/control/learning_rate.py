@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 from ..errors import InputError
 from ..observables import FluctuationDissipation, Observable
 from ..records import Decision
-from .base import Controller, Effect, State, View
+from .base import Controller, Effect, State, View, check_dry_run, check_number
 
 Policy = Literal["robust", "yaida", "sasa"]
 FEWEST_STEPS = 200
@@ -63,7 +63,7 @@ class EquilibriumLR(Controller):
         min_lr: A rate is never brought below this.
         max_drops: Drops in a run, at most.
         per_group: Decide for each parameter group by itself, as Yaida's reference code does, instead of for
-            all of them together.
+            all of them together. A group that is read in several sections has settled when all have.
         decay_in_loss: The loss itself holds an L2 term, so that the optimizer need not have a weight decay.
         dry_run: Say when the first drop would be made, and change nothing.
 
@@ -107,23 +107,15 @@ class EquilibriumLR(Controller):
             raise InputError(
                 "unknown policy", got=repr(self.policy), fix=f"Write one of {', '.join(get_args(Policy))}."
             )
-        if not 0 < self.factor < 1:
-            raise InputError(
-                "factor must lie between 0 and 1, since the rate is multiplied with it",
-                got=self.factor,
-                fix="Write factor=0.1 for a tenth.",
-            )
-        if not self.tolerance > 0:
-            raise InputError("tolerance must be positive", got=self.tolerance, fix="Write tolerance=0.05.")
-        for name, least in (("patience", 1), ("check_every", 1), ("warmup_steps", 0), ("max_drops", 1)):
-            value = getattr(self, name)
-            left_out = value is None and name in ("patience", "check_every")
-            if not left_out and (not isinstance(value, int) or value < least):
-                raise InputError(
-                    f"{name} must be a whole number of at least {least}", got=repr(value), fix="Leave it out."
-                )
-        if not self.min_lr >= 0:
-            raise InputError("min_lr must not be negative", got=self.min_lr, fix="Write min_lr=1e-5.")
+        check_number("factor", self.factor, above=0, below=1)
+        check_number("tolerance", self.tolerance, above=0)
+        check_number("min_lr", self.min_lr, least=0)
+        check_number("warmup_steps", self.warmup_steps, least=0, whole=True)
+        check_number("max_drops", self.max_drops, least=1, whole=True)
+        for name in ("patience", "check_every"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), least=1, whole=True)
+        check_dry_run(self.dry_run)
 
     def observables(self) -> tuple[Observable, ...]:
         """The fluctuation-dissipation relation, decided as this policy asks for."""
@@ -152,43 +144,49 @@ class EquilibriumLR(Controller):
         """One check: a drop, or the reason for none, for each target."""
         moved = bool(state["schedule"]) and state["schedule"] != list(view.schedule)
         moves = state["moves"] + 1 if moved else 0
+        targets = {"": list(range(len(view.groups)))}
         if self.per_group:
             targets = {group.name: [i] for i, group in enumerate(view.groups)}
-        else:
-            targets = {"": list(range(len(view.groups)))}
         decisions, after = [], dict(state["targets"])  # also what was decided under other settings
         for name, members in targets.items():
-            target = {"factor": 1.0, "drops": 0, "streak": 0, **state["targets"].get(name, {})}
-            finding = self._finding(view, members, moved)
-            streak = target["streak"] + 1 if finding.settled else 0
-            why_not = finding.reason or self._guard(view, members, target, streak)
-            factor = 1.0 if why_not else self.factor
-            after[name] = {
-                "factor": target["factor"] * factor,
-                "drops": target["drops"] + (factor != 1.0),
-                "streak": 0 if factor != 1.0 else streak,
-            }
-            decisions.append(
-                Decision(
-                    step=view.step,
-                    controller=type(self).__name__,
-                    knob="learning_rate",
-                    rule=self._rule(),
-                    read=view.seen(*finding.keys),
-                    before=view.groups[members[0]].lr,
-                    factor=factor,
-                    reason=why_not or f"settled at {streak} check{'s' * (streak > 1)} in a row",
-                    group=name,
-                    dry_run=self.dry_run,
-                )
-            )
-        wait = self.check_every or view.steps_per_epoch(FEWEST_STEPS)
+            decision, after[name] = self._check(view, name, members, after.get(name), moved)
+            decisions.append(decision)
+        memory = {
+            "next": view.step + (self.check_every or view.steps_per_epoch(FEWEST_STEPS)),
+            "schedule": list(view.schedule),
+            "moves": moves,
+            "targets": after,
+        }
         falling = moves >= _MOVES and sum(view.schedule) < sum(state["schedule"])
-        return (
-            decisions,
-            {"next": view.step + wait, "schedule": list(view.schedule), "moves": moves, "targets": after},
-            _KEEPS_MOVING if falling else self._decay_missing(view, targets),
+        return decisions, memory, _KEEPS_MOVING if falling else self._decay_missing(view, targets)
+
+    def _check(
+        self, view: View, name: str, members: Sequence[int], held: State | None, moved: bool
+    ) -> tuple[Decision, State]:
+        """The decision on some parameter groups, and what is remembered of them."""
+        target = held or {"factor": 1.0, "drops": 0, "streak": 0}
+        finding = self._finding(view, members, moved)
+        streak = target["streak"] + 1 if finding.settled else 0
+        rates = [view.groups[i].lr for i in members if view.groups[i].lr > 0]
+        why_not = finding.reason or self._guard(rates, target, streak)
+        factor = 1.0 if why_not else self.factor
+        decision = Decision(
+            step=view.step,
+            controller=type(self).__name__,
+            knob="learning_rate",
+            rule=self._rule(),
+            read=view.seen(*finding.keys),
+            before=rates[0] if rates else 0.0,
+            factor=factor,
+            reason=why_not or f"settled at {streak} check{'s' * (streak > 1)} in a row",
+            group=name,
+            dry_run=self.dry_run,
         )
+        return decision, {
+            "factor": target["factor"] * factor,
+            "drops": target["drops"] + (factor != 1.0),
+            "streak": 0 if factor != 1.0 else streak,
+        }
 
     def _finding(self, view: View, members: Sequence[int], moved: bool) -> _Finding:
         """Whether the parameter groups have settled."""
@@ -197,6 +195,8 @@ class EquilibriumLR(Controller):
         names = [f"fdr/{name}{end}" for end in ends for name in ("ratio", "stationary")]
         names += [f"fdr/weight_norm_sq{end}" for end in ends]
         keys = tuple(names)
+        if not ends:
+            return _Finding(False, "its parameters are not trained", keys)
         if moved:
             return _Finding(False, "the schedule has changed the learning rate since the last check", keys)
         if not any(view.groups[i].weight_decay for i in members) and not self.decay_in_loss:
@@ -213,7 +213,7 @@ class EquilibriumLR(Controller):
             settled = all(answer == 1.0 for answer in answers)
         return _Finding(settled, "" if settled else "the run is still on its way", keys)
 
-    def _guard(self, view: View, members: Sequence[int], target: Mapping[str, Any], streak: int) -> str:
+    def _guard(self, rates: Sequence[float], target: Mapping[str, Any], streak: int) -> str:
         """Why a run that has settled keeps its rate; empty where it does not."""
         patience = self.patience or _PATIENCE[self.policy]
         if self.dry_run and target["drops"]:
@@ -222,7 +222,9 @@ class EquilibriumLR(Controller):
             return f"settled at {streak} of the {patience} checks in a row that are asked for"
         if target["drops"] >= self.max_drops:
             return f"the rate has been lowered {self.max_drops} times, max_drops"
-        if min(view.groups[i].lr for i in members) * self.factor < self.min_lr:
+        if not rates:
+            return "the rate is 0 already"
+        if min(rates) * self.factor < self.min_lr:
             return f"the rate would fall below min_lr = {self.min_lr:g}"
         return ""
 

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from .. import parallel
+from ..errors import InputError
 from ..records import Decision, Quantity
 from ..snapshot import GroupSettings
 from .base import Controller, Effect, State, View
@@ -36,6 +38,11 @@ class ControlPanel:
         controllers: The controllers.
         optimizer: The optimizer whose learning rates they change.
         names: Names of its parameter groups, at any time.
+        contain: Whether a controller that fails decides nothing, instead of raising.
+
+    Raises:
+        InputError: If a controller begins with an impossible memory, or another monitor's controllers
+            already turn this optimizer's learning rate.
 
     Example:
         >>> from gradiometer.control.learning_rate import EquilibriumLR
@@ -50,17 +57,21 @@ class ControlPanel:
         controllers: Sequence[Controller],
         optimizer: torch.optim.Optimizer,
         names: Callable[[], Sequence[str]],
+        *,
+        contain: bool = True,
     ) -> None:
         self.rates = Rates(optimizer)
         self.decisions: list[Decision] = []
         self.off = False
         self._controllers = list(controllers)
         self._names = names
-        self._states = [controller.start() for controller in controllers]
+        self._contain = contain
+        self._states = [_checked(controller, controller.start()) for controller in controllers]
         self._effects = self._effects_of(self._states)
         self.changes = 0
-        acting = any("learning_rate" in one.turns() and not one.dry_run for one in controllers)
-        self._hook = optimizer.register_step_pre_hook(self._before_step) if acting else None
+        self._hooks: list[RemovableHandle] = []
+        if any("learning_rate" in one.turns() and not one.dry_run for one in controllers):
+            self._attach(optimizer)
 
     @property
     def feeds(self) -> set[str]:
@@ -112,7 +123,7 @@ class ControlPanel:
         self.changes += sum(decision.acted for decision in decisions)
         self.decisions = _bounded(self.decisions + decisions)
         if any(decision.acted for decision in decisions):
-            self._carry_out()
+            messages += self._carry_out()
         return decisions, messages
 
     def _outcome(self, view: View, recorded: set[str]) -> tuple[list[dict[str, Any]], list[State], list[str]]:
@@ -123,23 +134,32 @@ class ControlPanel:
             if self._is_due(index, view.step, recorded):
                 try:
                     decisions, after, message = controller.decide(view, state)
-                    controller.effect(after)  # fails here if it does
+                    state = _checked(controller, after)
                     made += [decision.plain() for decision in decisions]
-                    state = after
                 except Exception as error:
+                    if not self._contain:
+                        raise
                     state = {**state, "next": view.step + view.steps_per_epoch()}
                     message = f"{type(controller).__name__} could not decide: {type(error).__name__}: {error}"
                 messages += [message] * bool(message)
             states.append(state)
         return made, states, messages
 
-    def _carry_out(self) -> None:
-        """Bring the run to where the memories say it is."""
+    def _carry_out(self) -> list[str]:
+        """Bring the run to where the memories say it is; what could not be done."""
         self._effects = self._effects_of(self._states)
         self._set_factors()
+        failed = []
         for controller, state in zip(self._controllers, self._states, strict=True):
             if not controller.dry_run:
-                controller.apply(state)
+                try:
+                    controller.apply(state)
+                except Exception as error:
+                    if not self._contain:
+                        raise
+                    name = type(controller).__name__
+                    failed.append(f"{name} could not act: {type(error).__name__}: {error}")
+        return failed
 
     def _set_factors(self) -> None:
         factors = [effect.factors for effect in self._effects]
@@ -147,12 +167,38 @@ class ControlPanel:
             math.prod(one.get("", 1.0) * one.get(name, 1.0) for one in factors) for name in self._names()
         ]
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """The optimizer's pre-step hook."""
-        del args, kwargs
+    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Multiply the rates before each step and put them back after it."""
+        before = optimizer.register_step_pre_hook(self._before_step)
+        after = optimizer.register_step_post_hook(self._after_step)
+        self._hooks = [before, after]
+        hooks = before.hooks_dict_ref() or {}
+        if any(isinstance(getattr(one, "__self__", None), ControlPanel) for one in [*hooks.values()][:-1]):
+            self.close()
+            raise InputError(
+                "controllers of another monitor already turn this optimizer's learning rate",
+                fix="Close that monitor first, or give all controllers to one.",
+            )
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        """The optimizer's pre-step hook; its arguments, where they hold a closure."""
+        after = self._hooks[1]
+        hooks = after.hooks_dict_ref()
+        if hooks is not None:  # whoever else looks at the step sees the rates in force
+            hooks.move_to_end(after.id)
         if self.changes and len(self.rates.factors) != len(optimizer.param_groups):
             self._set_factors()  # a group that was added later
         self.rates.multiply()
+        if kwargs.get("closure") is not None:
+            return args, {**kwargs, "closure": self.rates.around(kwargs["closure"])}
+        if len(args) > 1 and args[1] is not None:
+            return (args[0], self.rates.around(args[1]), *args[2:]), kwargs
+        return None
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """The optimizer's last post-step hook."""
+        del optimizer, args, kwargs
+        self.rates.restore()
 
     def numbers(self, groups: Sequence[GroupSettings], batch_size: int) -> dict[str, float]:
         """What was in force at this step; call it before anything is decided.
@@ -184,16 +230,17 @@ class ControlPanel:
         return lines
 
     def close(self) -> None:
-        """Take the hook off and put the rates back."""
-        if self._hook is not None:
-            self._hook.remove()
+        """Take the hooks off and put the rates back."""
+        for hook in self._hooks:
+            hook.remove()
         self.rates.restore()
 
     def state_dict(self) -> dict[str, Any]:
         """Memories and decisions, as strings and numbers."""
+        pairs = zip(self._controllers, self._states, strict=True)
         return {
             "controllers": {
-                type(one).__name__: state for one, state in zip(self._controllers, self._states, strict=True)
+                type(one).__name__: {"memory": state, "dry_run": one.dry_run} for one, state in pairs
             },
             "decisions": [decision.plain() for decision in self.decisions],
             "changes": self.changes,
@@ -202,22 +249,62 @@ class ControlPanel:
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[str]:
         """Continue from :meth:`state_dict`.
 
+        A controller that was a dry run and now acts, or the other way round, begins anew.
+
         Args:
             saved: What it returned.
 
         Returns:
-            Names of controllers that the checkpoint has and that do not act on this run.
+            What the user must be told.
         """
-        memories = saved["controllers"]
-        idle = set(memories)
+        messages = []
+        left = {name for name, held in saved["controllers"].items() if not held["dry_run"]}
         for index, controller in enumerate(self._controllers):
             name = type(controller).__name__
-            self._states[index] = memories.get(name, self._states[index])
-            idle -= set() if controller.dry_run else {name}
+            held = saved["controllers"].get(name)
+            if held is None:
+                continue
+            if held["dry_run"] == controller.dry_run:
+                self._states[index] = held["memory"]
+                left.discard(name)
+            elif held["dry_run"]:
+                messages.append(f"{name} was a dry run in the checkpoint, and acts now: it begins anew.")
+        if left and saved["changes"]:
+            messages.append(
+                f"the checkpoint holds changes made by controllers, and {', '.join(sorted(left))} does not "
+                "act on this run: what it changed goes on as the script sets it."
+            )
         self.decisions = [Decision.from_plain(fields) for fields in saved["decisions"]]
         self.changes = saved["changes"]
-        self._carry_out()
-        return sorted(idle)
+        messages += self._carry_out()
+        unknown = {name for effect in self._effects for name in effect.factors} - {"", *self._names()}
+        if unknown:
+            messages.append(
+                f"the checkpoint lowered the learning rates of the parameter groups {sorted(unknown)}, which "
+                "this optimizer does not have under these names: theirs go on as the script sets them."
+            )
+        return messages
+
+
+def _checked(controller: Controller, state: State) -> State:
+    """A memory that can be kept and carried out; raises where it cannot."""
+    effect = controller.effect(state)
+    turns = controller.turns()
+    number = effect.accumulation
+    right = (
+        isinstance(state.get("next"), int)
+        and all(math.isfinite(factor) and factor > 0 for factor in effect.factors.values())
+        and (number is None or (isinstance(number, int) and number >= 1))
+        and ("learning_rate" in turns or all(factor == 1.0 for factor in effect.factors.values()))
+    )
+    if not right:
+        raise InputError(
+            f"the memory of {type(controller).__name__} cannot be carried out",
+            got=f"{state}, with the effect {effect}, turning {sorted(turns)}",
+            fix='It needs a whole number under "next"; factors that are positive and, unless they are 1, '
+            '"learning_rate" among its knobs; micro-batches from 1 on.',
+        )
+    return state
 
 
 def _bounded(decisions: list[Decision]) -> list[Decision]:

@@ -1,18 +1,20 @@
-"""Learning rates multiplied while the optimizer steps, and put back after it.
+"""Learning rates multiplied while the optimizer makes its step, and put back after it.
 
 So a controller's factor composes with every scheduler, and with none: a scheduler finds the rates it
 wrote, whether it computes the next ones from them or from the epoch. The multiplying is done in a pre-step
-hook: a step that a gradient scaler skips calls no hook, and leaves nothing to put back.
+hook: a step that a gradient scaler skips calls no hook, and leaves nothing to put back. A closure runs with
+the script's own rates: Lightning runs the whole training step in one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+
+Closure = Callable[[], Any]
 
 
 class Rates:
@@ -38,46 +40,38 @@ class Rates:
         self._kept: list[tuple[dict[str, Any], Any, Any]] = []
 
     def multiply(self) -> None:
-        """Put the factors in force; rates left over from a step that broke are put back first."""
+        """Put the factors in force."""
         self.restore()
         for group, factor in zip(self.optimizer.param_groups, self.factors, strict=False):
             if factor != 1.0:
-                self._kept.append(self._multiplied(group, factor))
-
-    def _multiplied(self, group: dict[str, Any], factor: float) -> tuple[dict[str, Any], Any, Any]:
-        """The group, its own rate, and the one in force; a tensor stays the same object."""
-        own = group["lr"]
-        if isinstance(own, Tensor):
-            kept = own.clone()
-            own.mul_(factor)
-            return group, kept, None
-        group["lr"] = own * factor
-        return group, own, group["lr"]
+                own, group["lr"] = group["lr"], group["lr"] * factor  # several groups may share one tensor
+                self._kept.append((group, own, group["lr"]))
 
     def restore(self) -> None:
-        """Put the rates back; one that was written in the meantime stays as written."""
+        """Put the rates back; one that the optimizer wrote itself stays as written."""
         for group, own, in_force in self._kept:
-            if isinstance(own, Tensor):
-                group["lr"].copy_(own)
-            elif group["lr"] == in_force:
+            if group["lr"] is in_force:
                 group["lr"] = own
         self._kept = []
 
-    def refresh(self) -> None:
-        """Multiply rates, too, that the script wrote while the factors were in force.
+    def around(self, closure: Closure) -> Closure:
+        """A closure that runs with the script's own rates, and may write them.
 
-        Lightning runs the whole training step inside the optimizer's step.
+        Args:
+            closure: What the script passes to ``optimizer.step``.
         """
-        if any(force is not None and group["lr"] != force for group, _, force in self._kept):
+
+        def with_own_rates() -> Any:
+            self.restore()
+            loss = closure()
             self.multiply()
+            return loss
+
+        return with_own_rates
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """The rates as the step will see them, for looking at them before it."""
-        if self._kept:
-            self.refresh()
-            yield
-            return
         self.multiply()
         try:
             yield
