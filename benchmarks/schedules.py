@@ -247,9 +247,7 @@ def main() -> None:
             print(f"{name}, seed {seed}, {schedule}: {run}", flush=True)
     print("\n" + markdown(results))
     if not quick:
-        from gradiometer.demo.characters import topics_fingerprint
-
-        print(f"\nsaved: {save('schedules', {'text': topics_fingerprint(), 'results': results})}")
+        keep("schedules", results, markdown)
 
 
 if __name__ == "__main__":
