@@ -187,7 +187,8 @@ class DynamicsMonitor(Callback):
 
 def _check_accumulation(trainer: Trainer) -> None:
     """Refuse a run in which something else says how many batches are accumulated."""
-    rivals = [one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]
+    everyone = cast("Any", trainer).callbacks  # set by one of its connectors
+    rivals = [one for one in everyone if isinstance(one, GradientAccumulationScheduler)]
     rival = trainer.strategy if trainer.strategy.handles_gradient_accumulation else [*rivals, None][0]
     if rival is not None:
         raise InputError(
