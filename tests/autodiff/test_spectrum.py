@@ -53,9 +53,9 @@ def top(model, loss_fn, x, y, **options):
         return Curvature(model, loss_fn, **options).top(x, y)
 
 
-@pytest.mark.parametrize("size", [1, 5, 16, 17, 300])
+@pytest.mark.parametrize("size", [1, 5, 12, 13, 300])
 def test_the_largest_eigenvalue_of_a_matrix_is_found(size):
-    """Beyond 16 the basis begins anew; the largest by value is negative, and not meant."""
+    """Up to 12 the matrix is made in full; the largest by size is negative, and not meant."""
     generator = torch.Generator().manual_seed(size)
     q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     spectrum = torch.linspace(-5, 3, size, dtype=torch.float64) if size > 1 else torch.tensor([3.0]).double()
@@ -66,38 +66,31 @@ def test_the_largest_eigenvalue_of_a_matrix_is_found(size):
     assert pair.vector.norm().item() == pytest.approx(1)
     measured = (matrix @ pair.vector - pair.value * pair.vector).norm().item()
     assert measured == pytest.approx(pair.residual, rel=1e-6, abs=1e-12)
-    assert (pair.products > 16) == (size == 300)
+    assert pair.products < 40
 
 
-def test_a_basis_that_begins_anew_keeps_what_it_knew():
-    """Without a gap to speak of it does so several times, and the residual it reports is the true one."""
-    spectrum = torch.cat([torch.linspace(-3, 1, 2000), torch.tensor([1.01])]).double()
-    pair = top_eigenpair(lambda v: spectrum * v, torch.ones(2001, dtype=torch.float64))
-    assert 24 < pair.products < 60
-    assert pair.value == pytest.approx(1.01, rel=TOLERANCE)
-    measured = ((spectrum - pair.value) * pair.vector).norm().item()
-    assert measured == pytest.approx(pair.residual, rel=1e-9)
-
-
-def test_rounding_does_not_let_a_large_negative_eigenvalue_in():
-    """In float32 a basis that is orthogonalised only once ends at 40 or more."""
+def test_a_large_negative_eigenvalue_and_no_gap_do_not_mislead_it_in_float32():
     spectrum = torch.cat([torch.tensor([-1e4]), torch.linspace(0, 1, 3000), torch.tensor([1.1])])
     pair = top_eigenpair(lambda v: spectrum * v, torch.ones(3002))
     assert pair.value == pytest.approx(1.1, rel=TOLERANCE)
+    assert pair.vector.dtype == torch.float32
     assert pair.vector.norm().item() == pytest.approx(1, rel=1e-5)
 
 
-def test_an_iteration_that_is_stopped_gives_a_lower_bound():
-    spectrum = torch.linspace(0, 1, 200, dtype=torch.float64)
-    pair = top_eigenpair(lambda v: spectrum * v, torch.ones(200, dtype=torch.float64), max_products=3)
-    assert pair.products == 3
-    assert 0.5 < pair.value < 1 - pair.residual / 10
-    assert pair.residual > TOLERANCE * pair.value
+@pytest.mark.parametrize("most", [3, 8])
+def test_an_iteration_that_is_stopped_gives_a_lower_bound(most):
+    spectrum = torch.linspace(0, 1, 2000, dtype=torch.float64) ** 0.1
+    pair = top_eigenpair(lambda v: spectrum * v, torch.ones(2000, dtype=torch.float64), max_products=most)
+    assert pair.products == most
+    assert spectrum.mean() <= pair.value < 1
+    assert pair.residual == math.inf
 
 
 def test_nothing_nan_and_negative():
+    zero = top_eigenpair(lambda v: 0 * v, torch.ones(5))
+    assert (zero.value, zero.residual) == (0.0, 0.0)
     zero = top_eigenpair(lambda v: 0 * v, torch.ones(30))
-    assert (zero.value, zero.residual, zero.products) == (0.0, 0.0, 1)
+    assert (zero.value, zero.residual, zero.vector.norm().item()) == (0.0, 0.0, pytest.approx(1))
     assert math.isnan(top_eigenpair(lambda v: v * math.nan, torch.ones(3)).value)
     assert math.isnan(top_eigenpair(lambda v: v * math.inf, torch.ones(3)).value)
     assert top_eigenpair(lambda v: -v, torch.ones(3)).value == pytest.approx(-1)

@@ -118,8 +118,8 @@ def suggest_learning_rate(
     rise in training, and the noise of small batches lowers what is stable; the fraction leaves room for both.
 
     The loss is that of training: each module is in the mode it is in, and batch norm in train mode normalises
-    with this batch. Takes mostly 5 to 20 products, each about two backward passes of the batch, and holds
-    16 copies of the parameters at most.
+    with this batch. Takes mostly 10 to 20 products, each about two backward passes of the batch, and holds
+    twelve copies of the parameters in the host's memory.
 
     Without a loss it is the largest eigenvalue of the full tangent kernel over N: the curvature of half the
     squared error :math:`\sum_a |f(x_a) - y_a|^2 / 2N` of the linearised model, whatever the targets. Softmax
@@ -241,7 +241,7 @@ class LearningRateLimit(Observable):
     fades within a few times 1/(1 - beta1) steps, is left out.
 
     Args:
-        schedule: When it is recorded; every 500 steps by default.
+        schedule: When it is recorded; every 1,000 steps by default.
         sampling: Not used: the curvature is a state function.
         estimator: Not used.
 
@@ -256,7 +256,7 @@ class LearningRateLimit(Observable):
         Scalars.
 
     Example:
-        >>> LearningRateLimit(schedule=1000).group
+        >>> LearningRateLimit(schedule=500).group
         'control'
     """
 
@@ -267,7 +267,7 @@ class LearningRateLimit(Observable):
         "lr_limit": Quantity("1", "Largest stable learning rate of the first group."),
     }
 
-    schedule: Schedule | int = 500
+    schedule: Schedule | int = 1000
 
     def levels(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """The eigenvalue at this step, and what is known of its error."""
