@@ -1,4 +1,4 @@
-"""The Lightning callback: translates hooks, and nothing else.
+"""The Lightning callback: translates hooks, and keeps the trainer's counts right where batches grow.
 
 Every hook hands its arguments to the engine; when to measure, what, and how stands in
 ``gradiometer.monitor``.
@@ -6,10 +6,11 @@ Every hook hands its arguments to the engine; when to measure, what, and how sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
@@ -129,11 +130,13 @@ class DynamicsMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """A micro-batch begins; before the first one of a step is when their number may change."""
-        wanted = self.session.accumulation
-        if wanted and batch_idx % wanted == 0 and pl_module.automatic_optimization:
+        wanted = self.session.accumulation if pl_module.automatic_optimization else None
+        if wanted and batch_idx % wanted == 0 and batch_idx % trainer.accumulate_grad_batches == 0:
             trainer.accumulate_grad_batches = wanted
-        if self._grows and hasattr(trainer.train_dataloader, "batch_sampler"):
-            _count_batches(trainer, batch_idx)
+        if self._grows:
+            batches = sized_len(trainer.train_dataloader)
+            if batches is not None:
+                _count_batches(trainer, batches, batch_idx)
         self.session.begin(batch, step=trainer.global_step, index=batch_idx)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -198,14 +201,13 @@ def _check_accumulation(trainer: Trainer) -> None:
         )
 
 
-def _count_batches(trainer: Trainer, batch_idx: int) -> None:
+def _count_batches(trainer: Trainer, batches: int, batch_idx: int) -> None:
     """Bring the trainer's count of an epoch's batches up to date.
 
     It is made once, and validation waits for a batch of that number: after the batch has grown it would
     never come.
     """
     limit, interval = trainer.limit_train_batches, trainer.val_check_interval
-    batches = len(cast("Sized", trainer.train_dataloader))
     batches = (
         min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
     )

@@ -131,8 +131,8 @@ def dataset_size_of(loader: Any) -> int | None:
 
 def _sampler_of(loader: Any) -> Any:
     """What draws the examples: a batch sampler's own sampler, where one was given."""
-    batches = getattr(loader, "batch_sampler", None)
-    return getattr(batches, "sampler", None) or getattr(loader, "sampler", None)
+    inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    return getattr(loader, "sampler", None) if inner is None else inner
 
 
 def replacement_of(loader: Any) -> bool | None:

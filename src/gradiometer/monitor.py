@@ -577,6 +577,7 @@ class Monitor:
             sections=self._run.sections.sections,
             batch_size=usual,
             micro_batches=len(self._run.sizes) if self._examples() == usual else 0,
+            processes=parallel.world_size(),
             dataset_size=self.dataset_size,
         )
         decisions, messages = panel.decide(view, recorded, bool(self._together))
@@ -791,6 +792,8 @@ class Monitor:
         slot.retired = isinstance(error, UnsupportedError) or slot.failures >= _TRIES
         fate = f"It reads nan, and is left out after {_TRIES} failures in a row."
         fate = "It is left out from here on." if slot.retired else fate
+        if slot.retired and self._panel is not None and slot.name in self._panel.feeds:
+            fate += " Controllers that decide by it do nothing from here on."
         text = str(error) or type(error).__name__
         text += "" if text.endswith((".", "!", "?")) else "."
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -931,6 +934,7 @@ class Monitor:
             "probe": probe,
             "scale_invariant": self._invariant,
             "settings": self._settings.state_dict(),
+            "turned": self._turned,
             "control": None if self._panel is None else self._panel.state_dict(),
             "sections": [astuple(section) for section in self._run.sections.sections],
             "centre": {
@@ -1002,6 +1006,7 @@ class Monitor:
             self._restart("parameters")
         if saved:
             self._warn(f"the checkpoint also holds {sorted(saved)}, which this monitor does not measure.")
+        self._turned = state["turned"]
         if state["control"] is not None:
             self._load_control(state["control"])
 

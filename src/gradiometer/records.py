@@ -88,7 +88,7 @@ class Decision:
         rule: What the readings were compared with, in words, with the thresholds.
         read: Value and standard error of each reading that went into it, by key without the prefix.
         before: The knob's setting, of the first parameter group it concerns.
-        factor: What the setting is multiplied with from now on; 1 where nothing is done.
+        factor: What the setting is multiplied by from now on; 1 where nothing is done.
         reason: Why nothing is done, or why this much is.
         group: The parameter group, empty for all of them.
         dry_run: Whether it was only said, and the run not changed.

@@ -371,7 +371,15 @@ def test_validation_goes_on_in_every_epoch_after_the_batch_has_grown(tmp_path, w
     assert sum(module.sizes) == 5 * EXAMPLES  # nothing lost, nothing twice
 
 
-@pytest.mark.parametrize(("limit", "interval", "validations"), [(0.5, 1.0, 5), (2, 1.0, 5), (1.0, 0.5, 9)])
+@pytest.mark.parametrize(
+    ("limit", "interval", "validations"),
+    [
+        (0.5, 1.0, [5, 10, 15, 17, 19]),
+        (8, 1.0, [8, 16, 20, 23, 26]),
+        (1.0, 0.5, [5, 10, 15, 18, *range(19, 28)]),
+        (1.0, 8, [8, 18, 21, 24, 27]),
+    ],
+)
 def test_limits_and_intervals_count_the_batches_there_are(tmp_path, limit, interval, validations):
     controller, train = growing()
     found = []
@@ -388,7 +396,7 @@ def test_limits_and_intervals_count_the_batches_there_are(tmp_path, limit, inter
         val_check_interval=interval,
         val_dataloaders=DataLoader(DATA, EXAMPLES),
     )
-    assert len(found) >= validations
+    assert found == validations
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")

@@ -100,6 +100,8 @@ def test_the_next_check_is_an_epoch_away_and_at_least_200_steps():
     stream = View(50, {}, view(0).groups, [0.1], batch_size=100)
     assert play(EquilibriumLR(), [stream])[1]["next"] == 1050
     assert EquilibriumLR(warmup_steps=700).start()["next"] == 700
+    assert EquilibriumLR().start()["next"] == 200
+    assert EquilibriumLR(check_every=9).start()["next"] == 9
 
 
 def test_guards_say_what_holds_them():
@@ -109,7 +111,10 @@ def test_guards_say_what_holds_them():
     made, *_ = play(controller, [view(0)])
     assert made[0].reason == "the rate would fall below min_lr = 0.02"
     assert not made[0].acted
-    assert play(EquilibriumLR(patience=1, min_lr=0.01), [view(0)])[0][0].acted  # 0.1 * 0.1 is not below
+    for rate in (0.1, 3e-4, 6e-4, 0.7):  # a tenth of it is not below a tenth, whatever the rounding
+        lowest = EquilibriumLR(patience=1, min_lr=rate / 10)
+        assert play(lowest, [view(0, schedule=(rate,))])[0][0].acted
+    assert play(EquilibriumLR(patience=1, min_lr=3e-5), [view(0, schedule=(3e-4,))])[0][0].acted
 
 
 def test_groups_that_do_not_move_neither_block_nor_count():

@@ -436,19 +436,16 @@ def test_digits_are_read_under_noise():
 # -- errors ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strength", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("strength", [-0.1, float("nan"), float("inf"), "0.1"])
 def test_strength_is_a_finite_number(strength):
-    with pytest.raises(
-        InputError, match=r"strength must be a finite number, at least 0, got .*Regularizer\(0.01\)"
-    ):
+    with pytest.raises(InputError, match=r"strength must be a number at least 0, got "):
         JacobianRegularizer(strength)
 
 
 def test_numbers_of_projections():
-    with pytest.raises(
-        InputError, match=r"num_projections must be at least 1, got 0.*None for the exact norm"
-    ):
-        JacobianRegularizer(0.1, num_projections=0)
+    for wrong in (0, 1.5):
+        with pytest.raises(InputError, match=r"num_projections must be a whole number at least 1, got "):
+            JacobianRegularizer(0.1, num_projections=wrong)
     with pytest.raises(InputError, match="must lie between 1 and the 6 outputs, got 7"):
         term(linear(), draws(2, INPUTS), 1.0, 7)
 

@@ -63,7 +63,6 @@ class Attached:
     def __init__(self, optimizer, factors):
         names = [str(i) for i in range(len(optimizer.param_groups))]
         self.panel = ControlPanel([Fixed(tuple(factors))], optimizer, lambda: names)
-        self.panel.load_state_dict({**self.panel.state_dict(), "changes": 1})
         self.in_force = []
         optimizer.register_step_post_hook(self.after)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -33,7 +33,7 @@ _BASIS = 12
 """Vectors that are held at most; a matrix as small as that is made in full."""
 _PARTS = 8
 """Parts of the batch that are left out in turn; each has two examples at least, as batch norm needs."""
-_ADDS_UP = 0.1
+_ADDS_UP = 1e-3
 """Relative difference between the parts and the whole beyond which they are not parts of one loss."""
 
 
@@ -146,12 +146,12 @@ def top_eigenpair(product: Callable[[Tensor], Tensor], start: Tensor, max_produc
         residual = float(np.linalg.norm(matrix.times(vector) - values[-1] * vector))
     except _NotFiniteError:
         return Eigenpair(math.nan, start, math.nan, matrix.count)
+    except (_GivenUpError, ArpackNoConvergence):
+        return Eigenpair(matrix.largest, start, math.inf, matrix.count)
     except ArpackError:
         if matrix.count > 1:
             raise
         return Eigenpair(0.0, start / start.norm(), 0.0, 1)  # it does not take a first product of 0
-    except _GivenUpError:
-        return Eigenpair(matrix.largest, start, math.inf, matrix.count)
     return Eigenpair(float(values[-1]), torch.from_numpy(vector).to(start), residual, matrix.count)
 
 

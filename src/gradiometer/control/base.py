@@ -17,7 +17,7 @@ from ..snapshot import GroupSettings
 State = dict[str, Any]
 """A controller's memory: strings, numbers, lists and dictionaries, as a checkpoint takes them."""
 
-EPOCHLESS = 1000
+STEPS_WITHOUT_EPOCH = 1000
 """Steps between checks where the length of an epoch is not known."""
 
 
@@ -33,6 +33,7 @@ class View:
         sections: Which parameters are read together.
         batch_size: Examples behind a step of all processes, 0 when unknown.
         micro_batches: Micro-batches behind a step of one process; 0 where this step was not as usual.
+        processes: Number of training processes.
         dataset_size: Examples in the training set, where it is known.
     """
 
@@ -43,6 +44,7 @@ class View:
     sections: Sequence[Section] = ()
     batch_size: int = 0
     micro_batches: int = 1
+    processes: int = 1
     dataset_size: int | None = None
 
     def number(self, key: str) -> float:
@@ -52,8 +54,9 @@ class View:
             key: ``<group>/<name>``.
         """
         reading = self.readings.get(key)
-        usable = reading is not None and reading.resolved and reading.is_finite
-        return float(reading.value) if usable and reading is not None else math.nan
+        if reading is None or not (reading.resolved and reading.is_finite):
+            return math.nan
+        return float(reading.value)
 
     def seen(self, *keys: str) -> dict[str, tuple[float, float]]:
         """Value and standard error of these readings, for the record.
@@ -71,7 +74,7 @@ class View:
             at_least: Lower bound.
         """
         if self.dataset_size is None or not self.batch_size:
-            return max(EPOCHLESS, at_least)
+            return max(STEPS_WITHOUT_EPOCH, at_least)
         return max(math.ceil(self.dataset_size / self.batch_size), at_least)
 
 
@@ -206,7 +209,9 @@ def check_number(
         wants = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
         kind = "a whole number" if whole else "a number"
         raise InputError(
-            f"{name} must be {kind} {wants}", got=repr(value), fix=f"Leave {name}= out for the default."
+            f"{name} must be {kind} {wants}",
+            got=repr(value),
+            fix=f"Leave {name}= out, or write such a number.",
         )
 
 
@@ -230,7 +235,7 @@ def check_controllers(controllers: Any) -> None:
         controllers: As for :class:`~gradiometer.monitor.Monitor`.
 
     Raises:
-        InputError: If one is no controller, or two turn one knob.
+        InputError: If one is no controller, two are of one class, or two that act turn one knob.
     """
     if isinstance(controllers, Controller) or not isinstance(controllers, Sequence):
         raise InputError(
@@ -243,15 +248,23 @@ def check_controllers(controllers: Any) -> None:
                 got=repr(controller),
                 fix="Write controllers=[EquilibriumLR()].",
             )
-    knobs = [knob for controller in controllers for knob in sorted(controller.turns())]
+    acting = [controller for controller in controllers if not controller.dry_run]
+    knobs = [knob for controller in acting for knob in sorted(controller.turns())]
     for knob in knobs:
         if knobs.count(knob) > 1:
-            names = [type(one).__name__ for one in controllers if knob in one.turns()]
+            names = [type(one).__name__ for one in acting if knob in one.turns()]
             raise InputError(
                 f"two controllers would turn one knob, the {knob.replace('_', ' ')}",
                 got=" and ".join(names),
                 fix='Leave one of them out, or write NoiseScaleBatchSize(learning_rate="keep").',
             )
+    kinds = [type(controller).__name__ for controller in controllers]
+    if len(set(kinds)) < len(kinds):
+        raise InputError(
+            "two controllers of one class share a name in logs and checkpoints",
+            got=" and ".join(kinds),
+            fix="Leave one of them out.",
+        )
 
 
 def with_needed(

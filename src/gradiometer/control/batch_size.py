@@ -19,12 +19,12 @@ from .sampler import GrowingBatchSampler
 
 Coupling = Literal["keep", "optimal", "noise"]
 GROWTH = 2
-"""What the batch is multiplied with: one power of two at a time."""
+"""What the batch is multiplied by: one power of two at a time."""
 WORTH_IT = 1.5
 """The noise scale must be above the batch by this factor."""
 SHARE = 10
 """Of the data set's N examples, a batch holds N / 10 at most: beyond that its noise is no longer 1 / B."""
-_KEYS = ("noise/scale", "noise/critical_batch_fraction")
+_KEYS = ("noise/scale", "noise/scale_lower_bound")
 
 
 class _Found(NamedTuple):
@@ -61,7 +61,7 @@ class NoiseScaleBatchSize(Controller):
             for optimizers other than SGD its square root; ``"noise"`` doubles the rate, so that
             :math:`g = \epsilon N / 2B` stays the same.
         check_every: Steps between checks.
-        patience: Checks in a row that must call for more, those aside at which the scale is not resolved.
+        patience: Checks in a row that must call for more, not counting those without a resolved scale.
         max_batch_size: Examples in a batch of all processes, at most. A tenth of the data set is the limit in
             any case; where the data set has no known size, this must be given.
         dry_run: Say what would be done, and change nothing.
@@ -174,11 +174,11 @@ class NoiseScaleBatchSize(Controller):
     def decide(self, view: View, state: State) -> tuple[list[Decision], State, str]:
         """One check: twice the batch, or the reason for none."""
         found = self._find(view, state)
-        streak = state["streak"] + bool(found.calls_for_more) if found.calls_for_more is not False else 0
+        streak = 0 if found.calls_for_more is False else state["streak"] + bool(found.calls_for_more)
         why_not = found.why_not
         if not why_not and streak < self.patience:
             why_not = f"called for at {streak} of the {self.patience} checks in a row that are asked for"
-        waited = state["waited"] + 1 if self._not_followed(found.batch, state) else 0
+        waited = 0 if self._followed(view, state) else state["waited"] + 1
         after = {**state, "next": view.step + self.check_every, "streak": streak, "waited": waited}
         made = [self._decision(view, "batch_size", found.batch, 1.0 if why_not else GROWTH, why_not)]
         if not why_not:
@@ -212,7 +212,7 @@ class NoiseScaleBatchSize(Controller):
         elif reading is None or math.isnan(scale):
             bound = f", but at least {reading.low:.3g}" if reading and math.isfinite(reading.low) else ""
             why_not = f"the noise scale is not resolved{bound}"
-        elif self._not_followed(batch, state):
+        elif not self._followed(view, state):
             why_not = f"the batch is not yet the {state['asked']} examples asked for"
         elif self.kappa * scale <= WORTH_IT * batch:
             why_not, calls = f"the noise scale calls for no more than {WORTH_IT:g} times the batch", False
@@ -224,10 +224,14 @@ class NoiseScaleBatchSize(Controller):
                 why_not = f"the batch would be above its limit of {limit:.0f}"
         return _Found(batch, scale, why_not, calls)
 
-    def _not_followed(self, batch: int, state: State) -> bool:
-        """Whether an earlier change has not come to the batches yet."""
-        mine = state["accumulation"] if self.sampler is None else state["size"]
-        return bool(mine) and not self.dry_run and 0 < batch < state["asked"]
+    def _followed(self, view: View, state: State) -> bool:
+        """Whether the batches are what they were last set to, in units of that setting."""
+        parts = view.micro_batches  # 0 where this step's are not the usual ones, and say nothing
+        if self.dry_run:
+            return True
+        if self.sampler is None:
+            return not parts or parts >= state["accumulation"]
+        return view.batch_size >= state["size"] * max(parts, 1) * view.processes
 
     def _advice(self, batch: int, state: State) -> str:
         """What to tell where the script does not take up a change."""
@@ -242,7 +246,7 @@ class NoiseScaleBatchSize(Controller):
         )
 
     def _rate_factor(self, view: View, found: _Found) -> float:
-        """What the learning rate is multiplied with when the batch is doubled."""
+        """What the learning rate is multiplied by when the batch is doubled."""
         if self.learning_rate == "keep":
             return 1.0
         if self.learning_rate == "noise":
@@ -252,13 +256,12 @@ class NoiseScaleBatchSize(Controller):
 
     def _decision(self, view: View, knob: str, before: float, factor: float, why_not: str) -> Decision:
         rule = f"{self.kappa:g} noise/scale > {WORTH_IT:g} batch and its low end > batch"
-        low = view.readings["noise/scale"].low if "noise/scale" in view.readings else math.nan
         return Decision(
             step=view.step,
             controller=type(self).__name__,
             knob=knob,
             rule=f"{rule}, at {self.patience} checks in a row",
-            read=view.seen(*_KEYS) | {"noise/scale's low end": (low, math.nan)},
+            read=view.seen(*_KEYS),
             before=float(before),
             factor=factor,
             reason=why_not or f"called for at {self.patience} checks in a row",

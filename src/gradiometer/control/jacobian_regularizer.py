@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..linalg import random_orthonormal_rows
+from .base import check_number
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,10 @@ class JacobianRegularizer:
               \Big|\frac{\partial (v_\mu\cdot z)}{\partial x}\Big|^2
 
     with ``v`` orthonormal, uniformly distributed and drawn anew for each example from torch's global
-    generator, as dropout is: term and gradient are unbiased. It is taken from the forward pass of the
-    loss and costs one more backward pass per projection, and the way back through it. A loop or a
-    ``training_step`` gains the first of these lines and the last words of the last::
+    generator, as dropout is (for several projections that of the CPU): term and gradient are unbiased. It
+    is taken from the forward pass of the loss and costs one more backward pass per projection, and the way
+    back through it. A loop or a ``training_step`` gains the first of these lines and the last words of the
+    last::
 
         x = x.detach().requires_grad_()  # not the caller's batch; an embedding's output as it is
         logits = model(x)
@@ -68,18 +70,9 @@ class JacobianRegularizer:
 
     def __post_init__(self) -> None:
         """Check both numbers."""
-        if not 0 <= self.strength < math.inf:
-            raise InputError(
-                "strength must be a finite number, at least 0",
-                got=self.strength,
-                fix="Write JacobianRegularizer(0.01).",
-            )
-        if self.num_projections is not None and self.num_projections < 1:
-            raise InputError(
-                "num_projections must be at least 1",
-                got=self.num_projections,
-                fix="Write num_projections=1, or None for the exact norm.",
-            )
+        check_number("strength", self.strength, least=0, below=math.inf)
+        if self.num_projections is not None:
+            check_number("num_projections", self.num_projections, least=1, whole=True)
 
     def __call__(self, x: Tensor, logits: Tensor) -> Tensor:
         """The term, in float32 at least."""

@@ -1,7 +1,7 @@
 """Lower the learning rate when the run has settled: more steps at this rate would only average noise.
 
-Whether it has is told by the first fluctuation-dissipation relation (Yaida 2018). A run that has not
-settled keeps its rate, whatever its loss looks like; and every reason for doing nothing is said.
+The first fluctuation-dissipation relation (Yaida 2018) tells whether it has. A run that has not settled keeps
+its rate, whatever its loss looks like; and every reason for doing nothing is said.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ FEWEST_STEPS = 200
 """Steps between two checks, at least."""
 _MOVES = 3
 """Checks in a row before which the schedule has changed the rate: then it is told that it will not do."""
+_ROUNDING = 1e-9
 _PATIENCE = {"robust": 2, "yaida": 1, "sasa": 1}
 
 
@@ -36,11 +37,11 @@ class _Finding(NamedTuple):
 class EquilibriumLR(Controller):
     r"""Multiply the learning rate by ``factor`` each time the run has settled.
 
-    * ``"robust"``, the default: ``fdr/stationary`` is 1 at two checks in a row. That is, left over right side
-      of the relation is within ``tolerance`` of 1 over the second half of the run, within three times that
-      over both halves of this window, for the window that ends a fifth earlier, too, and the window is long
-      enough for the ratio to be known to ``tolerance``. A ratio that passes through 1 is not taken for one
-      that rests there.
+    * ``"robust"``, the default: ``fdr/stationary`` is 1 at two checks in a row. That is, the left side of the
+      relation over the right is within ``tolerance`` of 1 over the second half of the run and over the window
+      that ends a fifth earlier, and within three times that over each half of this window; and the window is
+      long enough for the ratio to be known to ``tolerance``. A ratio that passes through 1 is not taken for
+      one that rests there.
     * ``"yaida"``: the ratio is within ``tolerance`` of 1 at one check, as published (with
       ``factor = 1 - Y`` and ``tolerance = X``). It also fires where the ratio passes through 1 by chance.
     * ``"sasa"``: the test of SASA+ with the errors of end points, on the second half of the run where the
@@ -52,8 +53,8 @@ class EquilibriumLR(Controller):
     without weight decay, where the norm of the weights may grow for ever.
 
     Args:
-        policy: How a stationary state is told.
-        factor: What the rate is multiplied with at each drop.
+        policy: How a stationary state is recognised.
+        factor: What the rate is multiplied by at each drop.
         tolerance: How far from 1 the ratio of the two sides may be.
         patience: Checks in a row at which the run must have settled; by default 2 for ``"robust"``, else 1.
         check_every: Steps between checks; by default an epoch and at least 200 steps, or 1,000 steps where
@@ -224,7 +225,7 @@ class EquilibriumLR(Controller):
             return f"the rate has been lowered {self.max_drops} times, max_drops"
         if not rates:
             return "the rate is 0 already"
-        if min(rates) * self.factor < self.min_lr:
+        if min(rates) * self.factor < self.min_lr * (1 - _ROUNDING):
             return f"the rate would fall below min_lr = {self.min_lr:g}"
         return ""
 

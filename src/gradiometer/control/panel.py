@@ -7,6 +7,7 @@ memories, whatever they have read themselves.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,8 +28,8 @@ QUANTITIES: Mapping[str, Quantity] = {
     "batch_size": Quantity("samples", "Examples behind this step, of all processes."),
     "changes": Quantity("1", "Changes that controllers have made since the beginning."),
 }
-_REFUSALS = 200
-"""Refusals kept in memory and in checkpoints; changes are all kept, since controllers bound their number."""
+_KEPT = 200
+"""Changes, and refusals, of each controller that are kept in memory and in checkpoints."""
 
 
 class ControlPanel:
@@ -69,6 +70,10 @@ class ControlPanel:
         self._states = [_checked(controller, controller.start()) for controller in controllers]
         self._effects = self._effects_of(self._states)
         self.changes = 0
+        self._set_factors()
+        for controller, state in zip(self._controllers, self._states, strict=True):
+            if not controller.dry_run:
+                controller.apply(state)
         self._hooks: list[RemovableHandle] = []
         if any("learning_rate" in one.turns() and not one.dry_run for one in controllers):
             self._attach(optimizer)
@@ -134,8 +139,9 @@ class ControlPanel:
             if self._is_due(index, view.step, recorded):
                 try:
                     decisions, after, message = controller.decide(view, state)
+                    plain = [decision.plain() for decision in decisions]
                     state = _checked(controller, after)
-                    made += [decision.plain() for decision in decisions]
+                    made += plain
                 except Exception as error:
                     if not self._contain:
                         raise
@@ -164,7 +170,8 @@ class ControlPanel:
     def _set_factors(self) -> None:
         factors = [effect.factors for effect in self._effects]
         self.rates.factors = [
-            math.prod(one.get("", 1.0) * one.get(name, 1.0) for one in factors) for name in self._names()
+            math.prod((one.get("", 1.0) * one.get(name, 1.0) for one in factors), start=1.0)
+            for name in self._names()
         ]
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -186,7 +193,7 @@ class ControlPanel:
         hooks = after.hooks_dict_ref()
         if hooks is not None:  # whoever else looks at the step sees the rates in force
             hooks.move_to_end(after.id)
-        if self.changes and len(self.rates.factors) != len(optimizer.param_groups):
+        if len(self.rates.factors) != len(optimizer.param_groups):
             self._set_factors()  # a group that was added later
         self.rates.multiply()
         if kwargs.get("closure") is not None:
@@ -221,10 +228,7 @@ class ControlPanel:
             name = type(controller).__name__
             refusals = [d for d in self.decisions if d.controller == name and not d.wanted]
             if refusals:
-                count = (
-                    f"{len(refusals)} refusals in the log" if len(refusals) > 1 else "1 refusal in the log"
-                )
-                lines.append(f"{name}: {count}, the last one at {refusals[-1].sentence()}")
+                lines.append(f"{name}: the last refusal at {refusals[-1].sentence()}")
             elif not any(decision.controller == name for decision in self.decisions):
                 lines.append(f"{name} has not come to its first check")
         return lines
@@ -296,19 +300,25 @@ def _checked(controller: Controller, state: State) -> State:
         and all(math.isfinite(factor) and factor > 0 for factor in effect.factors.values())
         and (number is None or (isinstance(number, int) and number >= 1))
         and ("learning_rate" in turns or all(factor == 1.0 for factor in effect.factors.values()))
+        and ("batch_size" in turns or number is None)
     )
     if not right:
         raise InputError(
             f"the memory of {type(controller).__name__} cannot be carried out",
             got=f"{state}, with the effect {effect}, turning {sorted(turns)}",
             fix='It needs a whole number under "next"; factors that are positive and, unless they are 1, '
-            '"learning_rate" among its knobs; micro-batches from 1 on.',
+            '"learning_rate" among its knobs; micro-batches from 1 on, with "batch_size" among them.',
         )
     return state
 
 
 def _bounded(decisions: list[Decision]) -> list[Decision]:
-    """All changes, and the latest refusals."""
-    refusals = [decision for decision in decisions if not decision.wanted]
-    dropped = set(map(id, refusals[:-_REFUSALS]))
-    return [decision for decision in decisions if id(decision) not in dropped]
+    """The latest changes and refusals of each controller."""
+    kept: list[Decision] = []
+    counts: Counter[tuple[str, bool]] = Counter()
+    for decision in reversed(decisions):
+        kind = decision.controller, decision.wanted
+        counts[kind] += 1
+        if counts[kind] <= _KEPT:
+            kept.append(decision)
+    return kept[::-1]

@@ -2,7 +2,7 @@
 
 Measured on the fly, the relation is a telescoping identity for the squared norm of the weights. So the
 right side is sampled, and the left side follows from it and two exact end points: no gradient has to
-be multiplied with the weights. Equality says that the norm of the weights has stopped drifting.
+be multiplied by the weights. Equality says that the norm of the weights has stopped drifting.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def suggest_learning_rate(
 
     The loss is that of training: each module is in the mode it is in, and batch norm in train mode normalises
     with this batch. Takes mostly 10 to 20 products, each about two backward passes of the batch, and holds
-    twelve copies of the parameters in the host's memory.
+    twelve copies of the parameters and some more in the host's memory, in float64.
 
     Without a loss it is the largest eigenvalue of the full tangent kernel over N: the curvature of half the
     squared error :math:`\sum_a |f(x_a) - y_a|^2 / 2N` of the linearised model, whatever the targets. Softmax
@@ -320,7 +320,7 @@ class LearningRateLimit(Observable):
 
 
 class _Edge(NamedTuple):
-    """What curvature is multiplied with, and what is added, for 1 to be the limit of stability."""
+    """What curvature is multiplied by, and what is added, for 1 to be the limit of stability."""
 
     gain: float | Tensor
     shift: float | Tensor
