@@ -1,4 +1,4 @@
-"""The Lightning callback: translates hooks, and keeps the trainer's counts right where batches grow.
+"""The Lightning callback: translates hooks, and nothing else.
 
 Every hook hands its arguments to the engine; when to measure, what, and how stands in
 ``gradiometer.monitor``.
@@ -7,20 +7,18 @@ Every hook hands its arguments to the engine; when to measure, what, and how sta
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch.optim import Optimizer
 
 from gradiometer.control import Controller
-from gradiometer.errors import InputError
 from gradiometer.monitor import Monitor
 from gradiometer.observables import Observable
 from gradiometer.recorders import LoggersRecorder
 from gradiometer.session import Session
+
+from .lightning_batches import check_accumulation, follow_controllers
 
 
 class DynamicsMonitor(Callback):
@@ -103,7 +101,6 @@ class DynamicsMonitor(Callback):
             budget=budget,
         )
         self._prefix, self._layout, self._print_table = prefix, layout, print_table
-        self._grows = False
         self._progress_bar = {f"{prefix}/{key}" for key in progress_bar}
 
     @property
@@ -113,30 +110,15 @@ class DynamicsMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the engine on the optimizer that trains."""
-        acting = [one for one in self.session.controllers if not one.dry_run and "batch_size" in one.turns()]
-        if any(one.accumulates for one in acting):
-            _check_accumulation(trainer)
-        self._grows = any(not one.accumulates for one in acting)
+        check_accumulation(trainer, self.session)
         logs = [LoggersRecorder(trainer.loggers, layout=self._layout, prefix=self._prefix)]
-        self.session.start(
-            pl_module,
-            trainer.optimizers,
-            recorders=logs,
-            loader=trainer.train_dataloader,
-            step=trainer.global_step,
-        )
+        self.session.start(pl_module, trainer.optimizers, logs, trainer.train_dataloader, trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """A micro-batch begins; before the first one of a step is when their number may change."""
-        wanted = self.session.accumulation if pl_module.automatic_optimization else None
-        if wanted and batch_idx % wanted == 0 and batch_idx % trainer.accumulate_grad_batches == 0:
-            trainer.accumulate_grad_batches = wanted
-        if self._grows:
-            batches = sized_len(trainer.train_dataloader)
-            if batches is not None:
-                _count_batches(trainer, batches, batch_idx)
+        follow_controllers(trainer, self.session, batch_idx)
         self.session.begin(batch, step=trainer.global_step, index=batch_idx)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,13 +126,12 @@ class DynamicsMonitor(Callback):
         self.session.end()
 
     def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """The full, unclipped gradient is in place."""
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
         # Lightning divides by this also in a last window that is shorter
         divisor = float(trainer.accumulate_grad_batches) if pl_module.automatic_optimization else None
-        self.session.before_step(optimizer, scaler, divisor)
+        self.session.before_step(optimizer, getattr(trainer.precision_plugin, "scaler", None), divisor)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -186,34 +167,3 @@ class DynamicsMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the engine is built."""
         self.session.load_state_dict(state_dict)
-
-
-def _check_accumulation(trainer: Trainer) -> None:
-    """Refuse a run in which something else says how many batches are accumulated."""
-    everyone = cast("Any", trainer).callbacks  # set by one of its connectors
-    rivals = [one for one in everyone if isinstance(one, GradientAccumulationScheduler)]
-    rival = trainer.strategy if trainer.strategy.handles_gradient_accumulation else [*rivals, None][0]
-    if rival is not None:
-        raise InputError(
-            "NoiseScaleBatchSize cannot change how many batches are accumulated where something else does",
-            got=type(rival).__name__,
-            fix="Give it a sampler= instead, or leave the other out.",
-        )
-
-
-def _count_batches(trainer: Trainer, batches: int, batch_idx: int) -> None:
-    """Bring the trainer's count of an epoch's batches up to date.
-
-    It is made once, and validation waits for a batch of that number: after the batch has grown it would
-    never come.
-    """
-    limit, interval = trainer.limit_train_batches, trainer.val_check_interval
-    batches = (
-        min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
-    )
-    batches = max(batches, batch_idx + 1)
-    trainer.fit_loop.max_batches = batches
-    if isinstance(interval, float):
-        trainer.val_check_batch = max(1, int(batches * interval))
-    elif isinstance(interval, int) and trainer.check_val_every_n_epoch is not None:
-        trainer.val_check_batch = min(interval, batches)

@@ -69,7 +69,6 @@ class Session:
         self,
         module: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
-        *,
         recorders: Sequence[Recorder] = (),
         loader: Any = None,
         step: int = 0,
@@ -119,6 +118,17 @@ class Session:
                     stacklevel=2,
                 )
             self._saved = {}
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a controller may change the number of micro-batches in a step."""
+        return any(one.accumulates for one in self.controllers if not one.dry_run)
+
+    @property
+    def resizes(self) -> bool:
+        """Whether a controller may change the batches of the loader."""
+        acting = [one for one in self.controllers if not one.dry_run and "batch_size" in one.turns()]
+        return any(not one.accumulates for one in acting)
 
     @property
     def accumulation(self) -> int | None:

@@ -135,8 +135,8 @@ class NoiseScaleBatchSize(Controller):
 
     @property
     def accumulates(self) -> bool:
-        """Where it has no sampler and may act."""
-        return self.sampler is None and not self.dry_run
+        """Where it has no sampler."""
+        return self.sampler is None
 
     def check_loader(self, loader: Any) -> None:
         """Refuse a loader that draws its batches from another sampler."""
