@@ -26,7 +26,7 @@ def main(log_dir: str, picture: str) -> None:
     with tempfile.TemporaryDirectory() as profile:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         flags += ["--disable-background-networking", f"--user-data-dir={profile}"]
-        flags += ["--window-size=1500,1370", "--virtual-time-budget=30000", f"--screenshot={picture}"]
+        flags += ["--window-size=1500,1660", "--virtual-time-budget=30000", f"--screenshot={picture}"]
         subprocess.run([chromium, *flags, f"{url}#custom_scalars"], check=True)
 
 
