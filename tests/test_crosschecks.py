@@ -60,6 +60,9 @@ def test_four_errors_and_a_twentieth_are_allowed():
     assert found(readings(fdr__right={"value": 0.635, "stderr": 0.0})) == {}  # 3.5 errors
     assert found(readings(fdr__right={"value": 0.645, "stderr": 0.0})) != {}  # 4.5 errors
     assert found(readings(fdr__right={"value": 0.8, "stderr": 0.06})) == {}
+    # the gradient is sampled a fifth as often as the update, and so known sqrt(5) times less well at best
+    assert found(readings(fdr__right={"value": 0.645, "stderr": 0.005})) == {}
+    assert found(readings(fdr__right={"value": 0.645, "stderr": 0.004})) != {}
     assert found(readings(fdr__right={"value": 0.8, "stderr": math.nan})) == {}  # nothing is known of it
 
 

@@ -11,9 +11,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import gradiometer.parallel
-from gradiometer import Controller, Decision, EquilibriumLR, Monitor, Observable, Quantity
+from gradiometer import (
+    Controller,
+    Decision,
+    EquilibriumLR,
+    GradientNoiseScale,
+    GrowingBatchSampler,
+    MemoryRecorder,
+    Monitor,
+    NoiseScaleBatchSize,
+    Observable,
+    Quantity,
+)
 from gradiometer.control import Effect
 
 
@@ -57,6 +69,39 @@ class Halve(Controller):
         return [decision], {"next": view.step + 1, "factor": state["factor"] * factor}, ""
 
 
+def grow(rank):
+    """Batches of 4 on each rank, doubled by the noise between them."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(4096, 64), torch.zeros(4096, dtype=torch.long))
+    data.tensors[1][:] = (data.tensors[0][:, 0] + torch.randn(4096) > 0).long()
+    sampler = GrowingBatchSampler(DistributedSampler(data, num_replicas=2, rank=rank), 4, drop_last=True)
+    net = nn.Linear(64, 2)
+    model = DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+    growing = NoiseScaleBatchSize(sampler=sampler, check_every=20, patience=2, max_batch_size=32)
+    memory = MemoryRecorder()
+    observables = [GradientNoiseScale(schedule=10, sampling=1)]
+    monitor = Monitor(
+        net, optimizer, observables, controllers=[growing], recorders=[memory], dataset_size=len(data)
+    )
+    sizes = []
+    for x, y in DataLoader(data, batch_sampler=sampler):
+        with monitor.micro_batch(x, y):
+            F.cross_entropy(model(x), y).backward()
+        monitor.before_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        sizes.append(len(x))
+    found = {
+        "decisions": [decision.plain() for decision in monitor.decisions],
+        "in_force": memory.series("dynamics/control/batch_size"),
+        "sizes": sizes,
+        "weights": [p.tolist() for p in net.parameters()],
+        "said": [],
+    }
+    print(json.dumps(found))
+
+
 def controllers(kind, rank):
     if kind == "idle":
         return [] if rank == 1 else [Halve()]
@@ -68,6 +113,10 @@ def controllers(kind, rank):
 def main(kind: str, rank: int, meeting: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     gradiometer.parallel.PATIENCE = 2.0
+    if kind == "grow":
+        grow(rank)
+        dist.destroy_process_group()
+        return
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
     model = DistributedDataParallel(net)

@@ -53,6 +53,16 @@ def test_equilibrium_on_two_processes(tmp_path):
     assert first["said"] == second["said"] == []
 
 
+def test_batches_grow_together_and_count_all_processes(tmp_path):
+    first, second = run("grow", tmp_path)
+    assert first["decisions"] == second["decisions"]
+    changes = [d for d in first["decisions"] if d["factor"] != 1.0]
+    assert [d["before"] for d in changes] == [8.0, 16.0]  # of both ranks, up to 32
+    assert first["sizes"] == second["sizes"]
+    assert sorted(set(first["sizes"])) == [4, 8, 16]  # of each
+    assert all(size == 2 * first["sizes"][step] for step, size in first["in_force"])
+
+
 def test_a_controller_on_one_rank_alone_does_not_act(tmp_path):
     first, second = run("idle", tmp_path)
     assert first["decisions"] == second["decisions"] == []
