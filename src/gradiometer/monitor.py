@@ -222,7 +222,7 @@ class Monitor:
         self._prefix = prefix
         self._on_error = on_error
         self._budget = budget
-        self._acting = tuple(controllers)
+        self._controllers = tuple(controllers)
         self._replacement = replacement
         self._layers = layers
         self._invariant: list[str] | None = None
@@ -704,7 +704,7 @@ class Monitor:
         self._together = False
         if parallel.world_size() == 1:
             return
-        plan = repr(([slot.observable for slot in self._slots], self._budget, self._acting, self.step))
+        plan = repr(([slot.observable for slot in self._slots], self._budget, self._controllers, self.step))
         self._together = parallel.agree(self._prefix, re.sub(r" at 0x[0-9a-f]+", "", plan))
         if not self._together:
             self._warn(
@@ -889,7 +889,7 @@ class Monitor:
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
-        """What controllers have decided: all changes, and the latest 200 refusals."""
+        """What controllers have decided: the latest 200 changes and 200 refusals of each."""
         return () if self._panel is None else tuple(self._panel.decisions)
 
     @property
