@@ -1,7 +1,7 @@
 """The Lightning callback: translates hooks, and nothing else.
 
 Every hook hands its arguments to the engine; when to measure, what, and how stands in
-``gradiometer.monitor``.
+``gradiometer.engine.monitor``.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from gradiometer.adapters.session import Session
 from gradiometer.control import Controller
-from gradiometer.monitor import Monitor
+from gradiometer.engine.monitor import Monitor
 from gradiometer.observables import Observable
-from gradiometer.recorders import LoggersRecorder
-from gradiometer.session import Session
+from gradiometer.record.loggers import LoggersRecorder
 
 from .lightning_batches import check_accumulation, follow_controllers
 

@@ -8,8 +8,8 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from gradiometer.adapters.session import Session
 from gradiometer.errors import InputError
-from gradiometer.session import Session
 
 
 def check_accumulation(trainer: Trainer, session: Session) -> None:

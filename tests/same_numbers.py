@@ -217,7 +217,8 @@ def stopped(kind: str, model: str, parts: int, *, layers: bool, controllers: boo
 
 def example(name: str, steps: int) -> dict[str, Any]:
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return collected(module.main(steps=steps))
@@ -265,9 +266,9 @@ def measure(only: str) -> dict[str, Any]:
         options = {}
         if function is stopped:
             options = {"layers": arguments[0] in ("adam", "rmsprop"), "controllers": name == "controllers"}
-        with tempfile.TemporaryDirectory() as folder, moved_to(folder):
-            with contextlib.redirect_stdout(io.StringIO()):
-                results[name] = function(*arguments, **options)
+        quiet = contextlib.redirect_stdout(io.StringIO())
+        with tempfile.TemporaryDirectory() as folder, moved_to(folder), quiet:
+            results[name] = function(*arguments, **options)
         print(name, len(results[name]["numbers"]), file=sys.stderr)
     for model, steps in DEMO.items():
         if only not in f"demo {model}":

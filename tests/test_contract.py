@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 import gradiometer
 from gradiometer import MemoryRecorder, Monitor, Observable, Snapshot
-from gradiometer.collect import COLLECTORS
+from gradiometer.collect.registry import COLLECTORS
 from gradiometer.control.panel import GROUP, QUANTITIES
 from gradiometer.errors import MissingFieldError
 from gradiometer.observables import DEFAULT_OBSERVABLES, OBSERVABLES, default_observables
-from gradiometer.schedules import Schedule
+from gradiometer.observables.schedules import Schedule
 
 ROOT = Path(__file__).parents[1]
 PLACEHOLDER = re.compile(r"TODO|TBD|FIXME|XXX|\.\.\. *$|lorem|placeholder", re.IGNORECASE | re.MULTILINE)

@@ -18,7 +18,8 @@ from gradiometer import (
     empirical_ntk,
     per_example_grad_norms,
 )
-from gradiometer.batches import dataset_size_of, split_batch
+from gradiometer.adapters.batches import dataset_size_of
+from gradiometer.collect.call import split_batch
 from gradiometer.errors import InputError, MeasurementWarning
 
 

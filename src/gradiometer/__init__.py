@@ -12,43 +12,43 @@ from ._version import __version__
 
 _WHERE = {
     "Controller": "control",
-    "Decision": "records",
-    "Ema": "estimators",
+    "Decision": "record.readings",
+    "Ema": "stats.estimators",
     "EquilibriumLR": "control",
     "Estimate": "observables",
-    "Estimator": "estimators",
+    "Estimator": "stats.estimators",
     "FluctuationDissipation": "observables",
     "GradientNoiseScale": "observables",
     "GrowingBatchSampler": "control",
-    "HalfRun": "estimators",
-    "JSONLinesRecorder": "recorders",
+    "HalfRun": "stats.estimators",
+    "JSONLinesRecorder": "record",
     "JacobianNorm": "observables",
     "JacobianRegularizer": "control",
-    "Last": "estimators",
+    "Last": "stats.estimators",
     "LearningRateLimit": "observables",
-    "Mean": "estimators",
-    "MemoryRecorder": "recorders",
-    "Monitor": "monitor",
+    "Mean": "stats.estimators",
+    "MemoryRecorder": "record",
+    "Monitor": "engine.monitor",
     "NeuralTangentKernel": "observables",
     "NoiseCurvature": "observables",
     "NoiseScaleBatchSize": "control",
     "Observable": "observables",
-    "Probe": "snapshot",
-    "Quantity": "records",
-    "Reading": "records",
-    "Recorder": "recorders",
-    "Reference": "estimators",
-    "Schedule": "schedules",
+    "Probe": "collect.snapshot",
+    "Quantity": "record.readings",
+    "Reading": "record.readings",
+    "Recorder": "record",
+    "Reference": "stats.estimators",
+    "Schedule": "observables.schedules",
     "SecondFluctuationDissipation": "observables",
-    "Snapshot": "snapshot",
-    "TensorBoardRecorder": "recorders",
-    "Window": "estimators",
-    "at": "schedules",
+    "Snapshot": "collect.snapshot",
+    "TensorBoardRecorder": "record",
+    "Window": "stats.estimators",
+    "at": "observables.schedules",
     "best_step": "observables",
     "curvature_of_noise": "observables",
     "default_observables": "observables",
     "empirical_ntk": "observables",
-    "every": "schedules",
+    "every": "observables.schedules",
     "fluctuation_dissipation": "observables",
     "gradient_noise_scale": "observables",
     "harmonicity": "observables",
@@ -57,11 +57,11 @@ _WHERE = {
     "kernel_alignment": "observables",
     "kernel_angle": "observables",
     "kernel_distance": "observables",
-    "log_spaced": "schedules",
+    "log_spaced": "observables.schedules",
     "per_example_grad_norms": "observables",
     "projection_stderr": "observables",
-    "read_decisions": "recorders",
-    "read_json_lines": "recorders",
+    "read_decisions": "record",
+    "read_json_lines": "record",
     "relative_drift": "observables",
     "second_fluctuation_dissipation": "observables",
     "sgd_noise_scale": "observables",
@@ -71,19 +71,14 @@ _WHERE = {
 }
 
 if TYPE_CHECKING:
+    from .collect.snapshot import Probe as Probe
+    from .collect.snapshot import Snapshot as Snapshot
     from .control import Controller as Controller
     from .control import EquilibriumLR as EquilibriumLR
     from .control import GrowingBatchSampler as GrowingBatchSampler
     from .control import JacobianRegularizer as JacobianRegularizer
     from .control import NoiseScaleBatchSize as NoiseScaleBatchSize
-    from .estimators import Ema as Ema
-    from .estimators import Estimator as Estimator
-    from .estimators import HalfRun as HalfRun
-    from .estimators import Last as Last
-    from .estimators import Mean as Mean
-    from .estimators import Reference as Reference
-    from .estimators import Window as Window
-    from .monitor import Monitor as Monitor
+    from .engine.monitor import Monitor as Monitor
     from .observables import Estimate as Estimate
     from .observables import FluctuationDissipation as FluctuationDissipation
     from .observables import GradientNoiseScale as GradientNoiseScale
@@ -113,21 +108,26 @@ if TYPE_CHECKING:
     from .observables import shuffling_factor as shuffling_factor
     from .observables import stability_limit as stability_limit
     from .observables import suggest_learning_rate as suggest_learning_rate
-    from .recorders import JSONLinesRecorder as JSONLinesRecorder
-    from .recorders import MemoryRecorder as MemoryRecorder
-    from .recorders import Recorder as Recorder
-    from .recorders import TensorBoardRecorder as TensorBoardRecorder
-    from .recorders import read_decisions as read_decisions
-    from .recorders import read_json_lines as read_json_lines
-    from .records import Decision as Decision
-    from .records import Quantity as Quantity
-    from .records import Reading as Reading
-    from .schedules import Schedule as Schedule
-    from .schedules import at as at
-    from .schedules import every as every
-    from .schedules import log_spaced as log_spaced
-    from .snapshot import Probe as Probe
-    from .snapshot import Snapshot as Snapshot
+    from .observables.schedules import Schedule as Schedule
+    from .observables.schedules import at as at
+    from .observables.schedules import every as every
+    from .observables.schedules import log_spaced as log_spaced
+    from .record import JSONLinesRecorder as JSONLinesRecorder
+    from .record import MemoryRecorder as MemoryRecorder
+    from .record import Recorder as Recorder
+    from .record import TensorBoardRecorder as TensorBoardRecorder
+    from .record import read_decisions as read_decisions
+    from .record import read_json_lines as read_json_lines
+    from .record.readings import Decision as Decision
+    from .record.readings import Quantity as Quantity
+    from .record.readings import Reading as Reading
+    from .stats.estimators import Ema as Ema
+    from .stats.estimators import Estimator as Estimator
+    from .stats.estimators import HalfRun as HalfRun
+    from .stats.estimators import Last as Last
+    from .stats.estimators import Mean as Mean
+    from .stats.estimators import Reference as Reference
+    from .stats.estimators import Window as Window
 
 __all__ = ["__version__", *_WHERE]
 

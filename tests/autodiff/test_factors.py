@@ -5,7 +5,7 @@ import torch
 
 from gradiometer.autodiff import factors
 from gradiometer.autodiff.factors import Outer, Plain, Rows, Side, add, gram, sketch
-from gradiometer.linalg import gram_matrix
+from gradiometer.stats.linalg import gram_matrix
 
 EINSUM = {"trace": "knp,kmp->nm", "diagonal": "knp,kmp->knm", "full": "knp,lmp->knlm"}
 MODES = list(EINSUM)

@@ -17,10 +17,10 @@ from gradiometer import (
     Monitor,
     NoiseScaleBatchSize,
 )
+from gradiometer.collect.snapshot import GroupSettings
 from gradiometer.control.base import View
 from gradiometer.errors import InputError, MeasurementWarning
-from gradiometer.records import Reading
-from gradiometer.snapshot import GroupSettings
+from gradiometer.record.readings import Reading
 
 nan = math.nan
 

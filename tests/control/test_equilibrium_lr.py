@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradiometer import EquilibriumLR, FluctuationDissipation, MemoryRecorder, Monitor
+from gradiometer.collect.sections import Section
+from gradiometer.collect.snapshot import GroupSettings
 from gradiometer.control.base import View
 from gradiometer.errors import InputError, MeasurementWarning
-from gradiometer.records import Reading
-from gradiometer.sections import Section
-from gradiometer.snapshot import GroupSettings
+from gradiometer.record.readings import Reading
 
 nan = math.nan
 

@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradiometer import MemoryRecorder, Monitor, collect
+from gradiometer.collect.sections import Section
+from gradiometer.collect.snapshot import GroupSettings, Snapshot, Update, Weights
 from gradiometer.errors import InputError
-from gradiometer.estimators import HalfRun, Last, Mean, Window
 from gradiometer.observables import FluctuationDissipation, fluctuation_dissipation
-from gradiometer.schedules import every
-from gradiometer.sections import Section
-from gradiometer.snapshot import GroupSettings, Snapshot, Update, Weights
-from gradiometer.stationarity import sasa_plus
+from gradiometer.observables.schedules import every
+from gradiometer.stats.estimators import HalfRun, Last, Mean, Window
+from gradiometer.stats.stationarity import sasa_plus
 
 
 def seeded(seed=0):

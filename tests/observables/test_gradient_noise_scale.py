@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gradiometer import MemoryRecorder, Monitor
+from gradiometer.collect.snapshot import Chunks, GroupSettings, Snapshot
 from gradiometer.errors import InputError, SampleSkippedError, UnsupportedError
-from gradiometer.estimators import Mean
 from gradiometer.observables import (
     GradientNoiseScale,
     fluctuation_dissipation,
@@ -18,7 +18,7 @@ from gradiometer.observables import (
     sgd_noise_scale,
 )
 from gradiometer.observables.gradient_noise_scale import resolved_scale
-from gradiometer.snapshot import Chunks, GroupSettings, Snapshot
+from gradiometer.stats.estimators import Mean
 
 P = 50
 SIGMA = torch.linspace(0.2, 2, P, dtype=torch.float64)  # trace 55

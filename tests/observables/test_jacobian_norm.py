@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from gradiometer import MemoryRecorder, Monitor
+from gradiometer.collect.snapshot import Probe, Snapshot
 from gradiometer.errors import InputError, UnsupportedError
 from gradiometer.observables import JacobianNorm, jacobian_norms, jacobian_singular_values
-from gradiometer.snapshot import Probe, Snapshot
 
 
 def seeded(seed=0):

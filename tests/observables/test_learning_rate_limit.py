@@ -17,8 +17,8 @@ from gradiometer import (
     stability_limit,
     suggest_learning_rate,
 )
+from gradiometer.collect.snapshot import GroupSettings, ParameterStep, Probe
 from gradiometer.errors import InputError, MeasurementWarning, UnsupportedError
-from gradiometer.snapshot import GroupSettings, ParameterStep, Probe
 
 SETTINGS = [
     ((0.0, 0.0, False), 2.0),

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from gradiometer import MemoryRecorder, Monitor
+from gradiometer.collect.snapshot import Probe, Snapshot
 from gradiometer.errors import InputError, UnsupportedError
-from gradiometer.estimators import Last
 from gradiometer.observables import (
     NeuralTangentKernel,
     empirical_ntk,
@@ -17,7 +17,7 @@ from gradiometer.observables import (
     relative_drift,
 )
 from gradiometer.observables.neural_tangent_kernel import effective_rank, target_kernel
-from gradiometer.snapshot import Probe, Snapshot
+from gradiometer.stats.estimators import Last
 
 from ..zoo import TwoPaths
 

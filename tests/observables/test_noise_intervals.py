@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradiometer.observables.gradient_noise_scale import resolved_scale
-from gradiometer.statistics import correlated_jackknife, t_quantile
+from gradiometer.stats.jackknife import correlated_jackknife, t_quantile
 
 REPLICAS, STEPS, PARTS, SIZE, EXAMPLES = 500, 64, 8, 4, 200
 BLOCKS = 32

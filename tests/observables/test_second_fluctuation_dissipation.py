@@ -9,7 +9,6 @@ from torch import nn
 
 from gradiometer import MemoryRecorder, Monitor, NoiseCurvature, SecondFluctuationDissipation, Snapshot
 from gradiometer.errors import InputError, MeasurementWarning, MissingFieldError, UnsupportedError
-from gradiometer.estimators import Mean
 from gradiometer.observables.curvature_noise import best_step, curvature_of_noise
 from gradiometer.observables.gradient_noise_scale import gradient_noise_scale
 from gradiometer.observables.second_fluctuation_dissipation import (
@@ -17,6 +16,7 @@ from gradiometer.observables.second_fluctuation_dissipation import (
     second_fluctuation_dissipation,
     shuffling_factor,
 )
+from gradiometer.stats.estimators import Mean
 
 H = torch.tensor([0.1, 0.3, 1.0, 3.0], dtype=torch.float64)  # the noisy quadratic of the theory
 C = torch.tensor([1.0, 0.5, 2.0, 1.5], dtype=torch.float64)

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..linalg import gram_matrix
+from ..stats.linalg import gram_matrix
 
 Mode = Literal["trace", "diagonal", "full"]
 Weight = float | Tensor

@@ -19,9 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from .._types import Forward
 from ..errors import InputError
 
+Forward = Callable[[nn.Module, Any], Tensor]
+"""Maps a model and a batch of inputs to outputs, examples in the first dimension."""
 PureFunction = Callable[[Mapping[str, Tensor], Any], Tensor]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
-from ..linalg import inner_products
+from ..stats.linalg import inner_products
 from .functional import call, check_inputs, examples, measuring, outside_inference, pure_function, take
 
 LossFn = Callable[[Any, Any], Tensor]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError
-from ..linalg import accumulation_dtype
-from ..statistics import delete_block_jackknife
+from ..stats.jackknife import delete_block_jackknife
+from ..stats.linalg import accumulation_dtype
 from .factors import Weight
 from .functional import examples, take
 from .products import Loss, LossFn, check_second_derivative, differentiate, part_slices, pull_back

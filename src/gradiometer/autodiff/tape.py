@@ -28,7 +28,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
-from ..linalg import accumulation_dtype
+from ..stats.linalg import accumulation_dtype
 from .factors import BLOCK, Factor, Plain, Side, Weight, add
 from .functional import State, examples, take
 from .operations import Axis, Operation, Operations, UnmatchedError, Use, equal, grown, meetings, pull

@@ -15,14 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..engine.monitor import Monitor
 from ..errors import MeasurementWarning
-from ..estimators import Mean
-from ..monitor import Monitor
 from ..observables import FluctuationDissipation, GradientNoiseScale
-from ..recorders import MemoryRecorder
-from ..records import Reading
-from ..schedules import Schedule, at
-from ..verdict import sentence
+from ..observables.schedules import Schedule, at
+from ..record.memory import MemoryRecorder
+from ..record.readings import Reading
+from ..record.table import sentence
+from ..stats.estimators import Mean
 from .noise_cases import noise_cases
 from .relation_cases import relation_cases
 from .steps import Array, NoiseStep, RelationStep

@@ -53,7 +53,7 @@ def _suites(adapter: str | None, kind: Kind | None) -> Iterator[Suite]:
         cases = tuple(case for case in (*noise_cases(), *relation_cases()) if kind in (None, case.kind))
         yield adapter, load_adapter(adapter), cases
         return
-    from .own import own_suites  # needs torch
+    from .own import own_suites
 
     for name, (function, own_cases) in own_suites().items():
         if kind in (None, own_cases[0].kind):

@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+from ..collect.sections import Section
+from ..collect.snapshot import GroupSettings
 from ..errors import InputError
 from ..observables import Observable
-from ..records import Decision, Reading
-from ..sections import Section
-from ..snapshot import GroupSettings
+from ..record.readings import Decision, Reading
 
 State = dict[str, Any]
 """A controller's memory: strings, numbers, lists and dictionaries, as a checkpoint takes them."""
@@ -232,7 +232,7 @@ def check_controllers(controllers: Any) -> None:
     """Refuse controllers that cannot work together.
 
     Args:
-        controllers: As for :class:`~gradiometer.monitor.Monitor`.
+        controllers: As for :class:`~gradiometer.engine.monitor.Monitor`.
 
     Raises:
         InputError: If one is no controller, two are of one class, or two that act turn one knob.

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from ..errors import InputError
 from ..observables import GradientNoiseScale, Observable
-from ..records import Decision
+from ..record.readings import Decision
 from .base import Controller, Effect, State, View, check_dry_run, check_number
 from .sampler import GrowingBatchSampler
 

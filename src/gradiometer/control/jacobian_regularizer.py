@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..linalg import random_orthonormal_rows
+from ..stats.linalg import random_orthonormal_rows
 from .base import check_number
 
 

@@ -10,7 +10,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from gradiometer.callbacks import DynamicsMonitor
 from gradiometer.errors import InputError
-from gradiometer.estimators import Window
 from gradiometer.observables import (
     FluctuationDissipation,
     GradientNoiseScale,
@@ -18,7 +17,8 @@ from gradiometer.observables import (
     NeuralTangentKernel,
     Observable,
 )
-from gradiometer.schedules import every, log_spaced
+from gradiometer.observables.schedules import every, log_spaced
+from gradiometer.stats.estimators import Window
 
 STEPS = {"convnet": 3000, "gpt": 1500}
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
 
-from ..estimators import Estimator, Last, Reference
-from ..records import Quantity
-from ..schedules import Schedule, as_schedule
-from ..snapshot import Snapshot
+from ..collect.snapshot import Snapshot
+from ..record.readings import Quantity
+from ..stats.estimators import Estimator, Last, Reference
+from .schedules import Schedule, as_schedule
 
 Numbers = Mapping[str, Any]
 

@@ -13,10 +13,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..collect.snapshot import Snapshot
 from ..errors import InputError
-from ..estimators import Estimator, Reference, Window
-from ..records import Quantity
-from ..snapshot import Snapshot
+from ..record.readings import Quantity
+from ..stats.estimators import Estimator, Reference, Window
 from .base import Estimate, Numbers, Observable
 from .gradient_noise_scale import resolved_scale
 

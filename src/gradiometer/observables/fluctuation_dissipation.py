@@ -17,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..collect.snapshot import Snapshot
 from ..errors import InputError
-from ..estimators import Estimator, HalfRun, Last, Reference
-from ..records import Quantity
-from ..schedules import Schedule, every
-from ..snapshot import Snapshot
-from ..stationarity import FEWEST_KNOTS, Answer, Floats, end_point_deviation, sasa_plus, stationary
-from ..statistics import correlated_jackknife, t_quantile
+from ..record.readings import Quantity
+from ..stats.estimators import Estimator, HalfRun, Last, Reference
+from ..stats.jackknife import correlated_jackknife, t_quantile
+from ..stats.stationarity import FEWEST_KNOTS, Answer, Floats, end_point_deviation, sasa_plus, stationary
 from .base import Estimate, Numbers, Observable
+from .schedules import Schedule, every
 
 
 class Relation(NamedTuple):

@@ -19,15 +19,15 @@ from torch.utils import _pytree as pytree
 from ..autodiff.factors import Plain
 from ..autodiff.functional import call, check_inputs, examples, measuring, outside_inference, take
 from ..autodiff.tape import LayerTape
+from ..collect.snapshot import Chunks, Snapshot
 from ..errors import InputError, SampleSkippedError, UnsupportedError
-from ..estimators import Estimator, Reference, Window
-from ..linalg import accumulation_dtype
 from ..parallel import world_size
-from ..records import Quantity
-from ..schedules import Schedule
-from ..snapshot import Chunks, Snapshot
-from ..statistics import jackknife_covariance, ratio_interval, t_quantile
+from ..record.readings import Quantity
+from ..stats.estimators import Estimator, Reference, Window
+from ..stats.jackknife import jackknife_covariance, ratio_interval, t_quantile
+from ..stats.linalg import accumulation_dtype
 from .base import Estimate, Numbers, Observable
+from .schedules import Schedule
 
 
 def gradient_noise_scale(

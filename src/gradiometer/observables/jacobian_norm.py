@@ -9,15 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._types import Forward
-from ..autodiff.functional import check_inputs, measuring, pure_function
+from ..autodiff.functional import Forward, check_inputs, measuring, pure_function
+from ..collect.snapshot import Snapshot
 from ..errors import InputError, UnsupportedError
-from ..estimators import Reference
-from ..linalg import random_orthonormal_rows
-from ..records import Quantity
-from ..schedules import Schedule
-from ..snapshot import Snapshot
+from ..record.readings import Quantity
+from ..stats.estimators import Reference
+from ..stats.linalg import random_orthonormal_rows
 from .base import Estimate, Numbers, Observable
+from .schedules import Schedule
 
 _EXACT_OUTPUTS = 16
 _KRYLOV_ROUNDS = 10

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from ..autodiff.functional import examples
 from ..autodiff.products import LossFn, as_training
 from ..autodiff.spectrum import TOLERANCE, Curvature, CurvatureKind
+from ..collect.snapshot import ParameterStep, Snapshot
 from ..errors import InputError, SampleSkippedError, UnsupportedError
-from ..estimators import Reference
-from ..records import Quantity
-from ..schedules import Schedule
-from ..snapshot import ParameterStep, Snapshot
+from ..record.readings import Quantity
+from ..stats.estimators import Reference
 from .base import Estimate, Numbers, Observable
 from .neural_tangent_kernel import checked_weights
+from .schedules import Schedule
 
 
 def stability_limit(momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> float:

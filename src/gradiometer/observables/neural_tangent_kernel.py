@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
-from .._types import Forward
 from ..autodiff.factors import Mode
 from ..autodiff.functional import (
+    Forward,
     call,
     check_inputs,
     check_outputs,
@@ -28,16 +28,16 @@ from ..autodiff.functional import (
     measuring,
     outside_inference,
 )
-from ..autodiff.kernel import KernelRequest, tangent_kernel
+from ..autodiff.ntk import KernelRequest, tangent_kernel
 from ..autodiff.tape import LayerTape
+from ..collect.snapshot import Probe, Snapshot
 from ..errors import InputError, UnsupportedError
-from ..estimators import Reference
-from ..linalg import random_orthonormal_rows
-from ..records import Quantity
-from ..schedules import Schedule, every, log_spaced
-from ..snapshot import Probe, Snapshot
-from ..statistics import delete_block_jackknife
+from ..record.readings import Quantity
+from ..stats.estimators import Reference
+from ..stats.jackknife import delete_block_jackknife
+from ..stats.linalg import random_orthonormal_rows
 from .base import Estimate, Numbers, Observable
+from .schedules import Schedule, every, log_spaced
 
 _MODES = ("trace", "full", "diagonal")
 _EXACT_OUTPUTS = 16

@@ -18,10 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..collect.snapshot import Snapshot
 from ..errors import InputError, UnsupportedError
-from ..estimators import Estimator, HalfRun, Reference
-from ..records import Quantity
-from ..snapshot import Snapshot
+from ..record.readings import Quantity
+from ..stats.estimators import Estimator, HalfRun, Reference
 from .base import Estimate, Numbers, Observable
 from .curvature_noise import curvature_of_noise
 

@@ -1,0 +1,112 @@
+"""What a framework hands over: the network inside a module, loaders, and gradient scalers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from ..autodiff.functional import Forward, matrix_forward
+from ..errors import InputError
+
+
+def selected_forward(model: nn.Module, part: str | None, output_key: str | None) -> Forward | None:
+    """A forward through one attribute of the model, and to one entry of its output.
+
+    Args:
+        model: The module that has the attribute.
+        part: Dotted attribute path of the network; the module itself when ``None``.
+        output_key: Key or attribute of the output; the output itself when ``None``.
+
+    Returns:
+        A forward, or ``None`` when the default serves.
+
+    Raises:
+        InputError: If there is no such attribute.
+
+    Example:
+        >>> net = nn.ModuleDict({"body": nn.Linear(3, 2)})
+        >>> selected_forward(net, "body", None)(net, torch.zeros(4, 3)).shape
+        torch.Size([4, 2])
+    """
+    if part is None and output_key is None:
+        return None
+    if part is not None and part not in dict(model.named_modules()):
+        children = [name for name, _ in model.named_children()]
+        raise InputError(
+            f"{type(model).__name__} has no submodule {part!r}",
+            got=f"submodules {children}",
+            fix='Name one of them: model="...".',
+        )
+
+    def forward(model: nn.Module, x: Any) -> Tensor:
+        return matrix_forward(model.get_submodule(part or ""), x, output_key)
+
+    return forward
+
+
+def loss_scales(scaler: Any, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """What ``Monitor.before_step`` takes under a gradient scaler that has already unscaled.
+
+    Fused optimizers unscale inside their step, so their gradients still carry the factor.
+
+    Args:
+        scaler: A ``GradScaler``, or ``None``.
+        optimizer: The optimizer about to step.
+    """
+    if scaler is None:
+        return {"grad_scale": 1.0, "loss_scale": 1.0}
+    scale = float(scaler.get_scale())
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return {"grad_scale": scale if fused else 1.0, "loss_scale": scale}
+
+
+def dataset_size_of(loader: Any) -> int | None:
+    """Examples behind a data loader, ``None`` where it has no length.
+
+    Args:
+        loader: A data loader.
+    """
+    sampler = _sampler_of(loader)
+    if isinstance(sampler, SubsetRandomSampler):
+        return len(sampler)
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None:
+        return None
+    try:
+        return len(dataset)
+    except (TypeError, NotImplementedError):  # how a stream says that it has no length
+        return None
+
+
+def _sampler_of(loader: Any) -> Any:
+    """What draws the examples: a batch sampler's own sampler, where one was given."""
+    inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    return getattr(loader, "sampler", None) if inner is None else inner
+
+
+def replacement_of(loader: Any) -> bool | None:
+    """Whether a data loader draws with replacement, ``None`` where its sampler does not say.
+
+    Args:
+        loader: A data loader.
+
+    Example:
+        >>> data = torch.utils.data.TensorDataset(torch.zeros(4))
+        >>> replacement_of(torch.utils.data.DataLoader(data, shuffle=True))
+        False
+    """
+    sampler = _sampler_of(loader)
+    if isinstance(sampler, (RandomSampler, WeightedRandomSampler)):
+        return bool(sampler.replacement)
+    if isinstance(sampler, (SequentialSampler, SubsetRandomSampler, DistributedSampler)):
+        return False
+    return None

@@ -1,0 +1,207 @@
+"""A monitor whose model and optimizer come later: what callbacks of training frameworks drive.
+
+A framework builds its callback before it has an optimizer, loads its state before training starts, and
+may never start. The session bridges that; a callback only translates hooks into its calls.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..control import check_controllers
+from ..engine.checks import check_settings
+from ..engine.monitor import Monitor
+from ..errors import MeasurementWarning
+from ..record.base import Recorder
+from ..record.readings import scalars
+from .batches import dataset_size_of, loss_scales, replacement_of, selected_forward
+
+
+class Session:
+    """Builds a :class:`Monitor` when training starts, and passes hooks to it while it is there.
+
+    Args:
+        model: Dotted attribute of the module that holds the network; the module itself when ``None``.
+        input_key: Key of the inputs where batches are mappings.
+        target_key: Key of the targets where batches are mappings.
+        output_key: Key of the logits where the network returns a mapping or an object.
+        arguments: Further arguments of :class:`Monitor`.
+
+    Raises:
+        InputError: If an argument cannot be used.
+
+    Example:
+        >>> session = Session(probe_size=4, observables=[])
+        >>> net = nn.Linear(2, 1)
+        >>> session.start(net, [torch.optim.SGD(net.parameters(), lr=0.1)])
+        >>> session.monitor.step
+        0
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str | None = None,
+        input_key: str | None = None,
+        target_key: str | None = None,
+        output_key: str | None = None,
+        **arguments: Any,
+    ) -> None:
+        self.controllers = arguments.get("controllers", ())
+        check_controllers(self.controllers)
+        settings = {name: value for name, value in arguments.items() if value is not None}
+        settings.pop("controllers", None)
+        check_settings(settings.pop("observables", ()), **settings)
+        self.arguments = arguments
+        self.monitor: Monitor | None = None
+        self._model, self._output_key = model, output_key
+        self._keys = (input_key, target_key)
+        self._saved: dict[str, Any] = {}
+        self._batches = 0
+
+    def start(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        recorders: Sequence[Recorder] = (),
+        loader: Any = None,
+        step: int = 0,
+    ) -> None:
+        """Build the monitor, and continue from a state that was loaded or left by an earlier run.
+
+        Args:
+            module: The module that is trained.
+            optimizers: Its optimizers; with several nothing is measured, and a warning says so.
+            recorders: Where readings go.
+            loader: The training loader, for the size of the data set and how batches are drawn.
+            step: The optimizer step at which training begins; controllers go on from an earlier run only
+                where that is not before its end.
+
+        Raises:
+            InputError: If a controller cannot act on this run.
+        """
+        if len(optimizers) != 1:
+            off = "the monitor and its controllers are" if self.controllers else "the monitor is"
+            message = f"one optimizer can be measured, got {len(optimizers)}: {off} off."
+            warnings.warn(message, MeasurementWarning, stacklevel=2)
+            return
+        for controller in self.controllers:
+            controller.check_loader(loader)
+        if self.monitor is not None:
+            self.monitor.close()
+            if self.monitor.model is module and not self._saved:
+                self._saved = self.state_dict()
+                if step < self.monitor.step:  # a run of its own
+                    self._saved["monitor"]["control"] = None
+        self.monitor = Monitor(
+            module,
+            optimizers[0],
+            recorders=recorders,
+            forward=selected_forward(module, self._model, self._output_key),
+            dataset_size=dataset_size_of(loader),
+            replacement=replacement_of(loader),
+            **self.arguments,
+        )
+        if self._saved:
+            self.monitor.load_state_dict(self._saved["monitor"])
+            if self._saved["batches"] and not hasattr(loader, "state_dict"):
+                warnings.warn(
+                    f"resuming {self._saved['batches']} batches into an epoch with a loader that cannot: "
+                    "the epoch's batches are replayed, and readings go on from the saved state.",
+                    MeasurementWarning,
+                    stacklevel=2,
+                )
+            self._saved = {}
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a controller may change the number of micro-batches in a step."""
+        return any(one.accumulates for one in self.controllers if not one.dry_run)
+
+    @property
+    def resizes(self) -> bool:
+        """Whether a controller may change the batches of the loader."""
+        acting = [one for one in self.controllers if not one.dry_run and "batch_size" in one.turns()]
+        return any(not one.accumulates for one in acting)
+
+    @property
+    def accumulation(self) -> int | None:
+        """Micro-batches to accumulate from the next step on; ``None`` where no controller has asked."""
+        return None if self.monitor is None else self.monitor.accumulation
+
+    def begin(self, batch: Any, *, step: int, index: int) -> None:
+        """A micro-batch begins.
+
+        Args:
+            batch: What the loader gave.
+            step: The optimizer step under which its loss is logged.
+            index: Its position in the epoch.
+        """
+        if self.monitor is not None:
+            self.monitor.step, self._batches = step, index + 1
+            self.monitor.begin_batch(batch, *self._keys)
+
+    def end(self) -> None:
+        """Its backward pass is done."""
+        if self.monitor is not None:
+            self.monitor.end_micro_batch()
+
+    def before_step(
+        self, optimizer: torch.optim.Optimizer, scaler: Any = None, loss_divisor: float | None = None
+    ) -> None:
+        """The full, unclipped gradient is in place.
+
+        Args:
+            optimizer: The optimizer about to step.
+            scaler: The gradient scaler, already unscaled, or ``None``.
+            loss_divisor: What the loss of each micro-batch was divided by, where it is known.
+        """
+        if self.monitor is not None:
+            self.monitor.before_step(**loss_scales(scaler, optimizer), loss_divisor=loss_divisor)
+
+    def epoch_ended(self) -> None:
+        """A checkpoint from here on belongs to the end of an epoch."""
+        self._batches = 0
+
+    def new_numbers(self) -> dict[str, float]:
+        """Finite numbers recorded since the last call, by log key."""
+        new = {} if self.monitor is None else scalars(self.monitor.take_new())
+        return {key: value for key, value in new.items() if math.isfinite(value)}
+
+    def close(self) -> str:
+        """Take everything off.
+
+        Returns:
+            The closing table; empty if nothing was measured.
+        """
+        if self.monitor is None:
+            return ""
+        self.monitor.close()
+        return self.monitor.table()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The monitor's state, or the loaded one while there is no monitor."""
+        if self.monitor is None:
+            return self._saved
+        return {"monitor": self.monitor.state_dict(), "batches": self._batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep the state until the monitor is built.
+
+        Controllers carry theirs out at once: a loader may be asked for batches before there is a monitor.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        self._saved = state
+        held = ((state["monitor"].get("control") or {}) if state else {}).get("controllers", {})
+        for controller in self.controllers:
+            own = held.get(type(controller).__name__)
+            if own is not None and not own["dry_run"] and not controller.dry_run:
+                controller.apply(own["memory"])

@@ -1,0 +1,1 @@
+"""From a running loop to a snapshot: one collector for each field."""

@@ -1,0 +1,574 @@
+"""Where the noise scale comes from: gradients of parts of a batch, from every place a run offers them.
+
+A part is one example, one micro-batch, one process's batch or a piece of a batch that was split. Every
+source ends in the same :class:`~gradiometer.collect.snapshot.Chunks`: squared norms of the parts' own mean
+gradients, whatever the loss was divided by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import parallel
+from ..autodiff.functional import examples
+from ..autodiff.products import split_gradients
+from ..autodiff.ride_along import RideAlong, refusal
+from ..errors import SampleSkippedError, UnsupportedError
+from ..stats.linalg import accumulation_dtype, squared_norms
+from .base import Collector, MomentName, Run, no_micro_batch
+from .snapshot import Chunks
+
+FEWEST_NORMALISED = 8
+"""Examples in a piece that batch norm normalises: over fewer, the noise is that of the normalisation."""
+LEAST_COVERAGE = 0.5
+"""Share of the parameters that single examples must be seen of, where a batch can be split instead: noise
+differs between layers by factors, and with fewer the reading would be that of the layers that have rules."""
+NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+_ACCUMULATE = "Accumulate over two or more micro-batches (Lightning: accumulate_grad_batches=2)"
+
+
+class Preconditioner:
+    """What Adam multiplies each gradient by: ``1 / (sqrt(v) + eps)`` with the bias of ``v`` corrected.
+
+    It is read before the step, from a ``v`` that knows nothing of this step's batch.
+
+    Args:
+        optimizer: ``Adam`` or ``AdamW``.
+
+    Raises:
+        UnsupportedError: For any other optimizer.
+
+    Example:
+        >>> net = nn.Linear(1, 1, bias=False)
+        >>> adam = torch.optim.Adam(net.parameters(), eps=0.0)
+        >>> Preconditioner(adam).of(net.weight) is None       # no step yet
+        True
+        >>> (4 * net(torch.ones(1, 1))).sum().backward(); adam.step()
+        >>> Preconditioner(adam).of(net.weight)
+        tensor([[0.2500]])
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+            raise UnsupportedError(
+                "the preconditioned noise scale is known for Adam and AdamW",
+                got=type(optimizer).__name__,
+                fix="Write GradientNoiseScale(preconditioned=False).",
+            )
+        self._state = optimizer.state
+        self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self._factors: dict[int, Tensor] = {}
+
+    def of(self, parameter: Tensor) -> Tensor | None:
+        """The factor on a parameter's gradient, at least float32; ``None`` before its first step.
+
+        Args:
+            parameter: One of the optimizer's.
+        """
+        state = self._state.get(parameter)
+        if not state:
+            return None
+        if id(parameter) not in self._factors:
+            group = self._groups[id(parameter)]
+            second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+            wide = second.to(torch.promote_types(second.dtype, torch.float32))
+            steps = torch.as_tensor(state["step"])  # on the device for some kinds: nobody waits for it
+            corrected = wide / (1 - group["betas"][1] ** steps.to(accumulation_dtype(steps.device)))
+            factor = corrected.sqrt().add_(group["eps"]).reciprocal_()
+            # an element that never had a gradient has no scale yet, and 1/eps would drown all others
+            self._factors[id(parameter)] = factor.masked_fill_(wide == 0, 0.0)
+        return self._factors[id(parameter)]
+
+    def apply(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """The preconditioned gradient; ``nan`` where it is not known.
+
+        Args:
+            parameter: One of the optimizer's.
+            gradient: Of its shape.
+        """
+        factor = self.of(parameter)
+        return gradient * (torch.nan if factor is None else factor)
+
+
+class PreconditionerCollector(Collector):
+    """Makes this step's sources measure in Adam's metric too."""
+
+    moment: ClassVar[MomentName] = "before_step"
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        run.preconditioner = self._own = Preconditioner(run.optimizer)
+
+    def close(self) -> None:
+        """The next step has another metric."""
+        self.run.preconditioner = None
+
+    def result(self) -> Preconditioner:
+        """The metric itself."""
+        return self._own
+
+
+class ParameterHooks:
+    """Norms of the gradient each parameter receives in one backward pass on this process.
+
+    A hook on a parameter sees the gradient of the one micro-batch, before it is added to ``.grad`` and
+    before processes average theirs.
+
+    Args:
+        parameters: The parameters, by name.
+
+    Shapes:
+        Each norm ``[M]``: the plain one, and that in a metric where one is given.
+
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> hooks = ParameterHooks(dict(net.named_parameters()))
+        >>> hooks.attach(); net(torch.ones(1, 2)).sum().backward(); hooks.detach()
+        >>> hooks.norms
+        {'weight': tensor([1.4142])}
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+        self._preconditioner: Preconditioner | None = None
+        self._handles: list[Any] = []
+        self.norms: dict[str, Tensor] = {}
+        self.repeated: str | None = None
+        self.error: Exception | None = None
+        self.seconds = 0.0
+
+    def attach(self, preconditioner: Preconditioner | None = None) -> None:
+        """Look at the next backward pass.
+
+        Args:
+            preconditioner: A metric for a second norm.
+        """
+        self.detach()
+        self.norms = {}
+        self._preconditioner = preconditioner
+        self._handles = [p.register_hook(self._hook(name)) for name, p in self._parameters.items()]
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, name: str) -> Any:
+        def hook(grad: Tensor) -> None:
+            began = perf_counter()
+            try:
+                if name in self.norms:
+                    self.repeated = name
+                self.norms[name] = self._norms(self._parameters[name], grad.detach())
+            except Exception as error:  # the user's backward goes on; check() raises this
+                self.error = self.error or error
+            self.seconds += perf_counter() - began
+
+        return hook
+
+    def _norms(self, parameter: Tensor, grad: Tensor) -> Tensor:
+        grads = [_entries(grad)]
+        if self._preconditioner is not None:
+            grads.append(self._preconditioner.apply(parameter, grad))
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        return torch.stack([torch.linalg.vector_norm(each, dtype=wide) for each in grads])
+
+    def check(self) -> None:
+        """Refuse norms that are not those of whole gradients.
+
+        Raises:
+            UnsupportedError: If a parameter received its gradient in pieces.
+        """
+        if self.error:
+            raise self.error
+        if self.repeated is not None:
+            raise UnsupportedError(
+                f"parameter {self.repeated!r} received its gradient in several pieces in one backward "
+                "pass (reentrant checkpointing), so the norm of the whole is not known",
+                fix="Write checkpoint(..., use_reentrant=False).",
+            )
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    """All that is not zero in a sparse gradient, once; a dense one as it is."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+class _Source(Collector):
+    """What all sources share: the parameters that are trained, the loss's reduction, the metrics.
+
+    A last axis M holds the plain squared norm and, where it is asked for, that in the optimizer's metric.
+    """
+
+    moment: ClassVar[MomentName] = "before_step"
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+        self._trained = {
+            name: p for name, p in run.model.named_parameters() if p.requires_grad and id(p) in held
+        }
+        self._mean = run.loss_reduction == "mean"
+        self._chunks: Chunks | None = None
+
+    @property
+    def _divisor(self) -> float:
+        """What each micro-batch's loss was divided by; 1 under a summed loss unless it is known."""
+        if self.run.loss_divisor is not None:
+            return self.run.loss_divisor
+        return float(len(self.run.sizes)) if self._mean else 1.0
+
+    def _keep(
+        self,
+        source: str,
+        names: Sequence[str],
+        sq_norms: Tensor,
+        sizes: Tensor,
+        whole: Tensor,
+        *,
+        processes: int = 1,
+        skipped: dict[str, str] | None = None,
+    ) -> None:
+        """Put mean gradients of parts ``[k, U, M]`` and of the whole ``[U, M]`` into a snapshot's form."""
+        finite = sq_norms.isfinite().all(1).all(0) & whole.isfinite().all(0)
+        if self.run.recording and not bool(finite[0]):  # else nobody waits for the device
+            raise SampleSkippedError("the gradient is not finite at this step")
+        weights = torch.full((len(sizes),), 1.0 / len(sizes), dtype=torch.float64)
+        if not self._mean:
+            weights = sizes.double() / sizes.sum()
+        covered = [self._trained[name] for name in names]
+        counts = self.run.sections.reduce(covered, torch.tensor([p.numel() for p in covered]))
+        sq_norms, whole = sq_norms.where(finite, 0.0), whole.where(finite, 0.0)
+        self._chunks, *others = [
+            Chunks(
+                source=source,
+                sq_norms=sq_norms[..., m],
+                sizes=sizes,
+                weights=weights,
+                batch_sq_norm=whole[..., m],
+                counted=finite[m].to(whole.dtype),
+                parameters=counts,
+                coverage=float(counts.sum()) / sum(p.numel() for p in self._trained.values()),
+                skipped=skipped or {},
+                processes=processes,
+            )
+            for m in range(len(finite))
+        ]
+        if others:
+            self._chunks = dataclasses.replace(self._chunks, preconditioned=others[0])
+
+    def _whole(self, names: Sequence[str], factor: float) -> Tensor:
+        """Squared norm of the mean gradient from ``.grad``, unclipped, ``[U, M]``."""
+        covered = [p for p in (self._trained[name] for name in names) if p.grad is not None]
+        squares = self._squares(covered, [p.grad for p in covered if p.grad is not None])
+        return squares * (factor / self.run.grad_scale) ** 2
+
+    def _squares(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+        """Squared norm of a gradient, ``[U, M]``."""
+        columns = [self.run.sections.sums(squared_norms, parameters, [_entries(g) for g in gradients])]
+        if self.run.preconditioner is not None:
+            pairs = zip(parameters, gradients, strict=True)
+            scaled = [self.run.preconditioner.apply(p, g) for p, g in pairs]
+            columns.append(self.run.sections.sums(squared_norms, parameters, scaled))
+        return torch.stack(columns, -1)
+
+    def _sums(self, norms: dict[str, Tensor]) -> Tensor:
+        """Squared norm of one gradient from the norms of its parameters, ``[U, M]``."""
+        held = [self._trained[name] for name in norms]
+        kind = accumulation_dtype(held[0].device)
+        squares = torch.stack([norm.to(kind) for norm in norms.values()]).square()
+        return self.run.sections.reduce(held, squares)
+
+    def result(self) -> Chunks:
+        """The norms of this step's parts."""
+        if self._chunks is None:
+            raise SampleSkippedError(
+                "the gradient was not seen before the step",
+                fix="Call monitor.before_step(); in a closure of the optimizer's, after its backward pass.",
+            )
+        return self._chunks
+
+
+class ExampleSource(_Source):
+    """Single examples of the step's first micro-batch, by riding along with its own two passes.
+
+    The first time, each parameter's gradient is compared with the sum over the examples; where something
+    else adds to it, it is left out from then on.
+    """
+
+    layers: ClassVar[tuple[type[nn.Module], ...] | None] = None
+    name: ClassVar[str] = "per example"
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self._tape: RideAlong | None = None
+        self._hooks: ParameterHooks | None = None
+        self.refusal: str | None = None
+        self._wanted = self._trained
+        if self.layers is not None:
+            own = {
+                id(p)
+                for m in run.model.modules()
+                if isinstance(m, self.layers)
+                for p in m.parameters(recurse=False)
+            }
+            self._wanted = {name: p for name, p in self._trained.items() if id(p) in own}
+
+    def enter(self, size: int) -> None:
+        """Hook the layers in the first micro-batch, and the parameters if more are to come."""
+        if len(self.run.sizes) > 1:
+            return
+        self.refusal = refusal(self.run.model)
+        if self.refusal is None and not self._wanted:
+            self.refusal = f"the model has none of the layers of source={self.name!r}"
+        if self.refusal is not None:
+            return
+        reasons, metric = self.run.unaccounted, self.run.preconditioner
+        self._tape = RideAlong(
+            self.run.model,
+            size,
+            [p for name, p in self._wanted.items() if not reasons.get(name)],
+            metric=None if metric is None else lambda p: _squared(metric.of(p)),
+            check=not self._wanted.keys() <= reasons.keys(),
+        )
+        self._hooks = ParameterHooks(self._wanted)
+        if self.run.micro_batches_before != 1:
+            self._hooks.attach(metric)
+
+    def exit(self) -> None:
+        """Take the hooks off."""
+        if self._tape is not None:
+            self._tape.detach()
+        if self._hooks is not None:
+            self._hooks.detach()
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        self.exit()
+
+    def before_step(self) -> None:
+        """Reduce everything while ``.grad`` is still unclipped."""
+        if not self.run.sizes:
+            raise no_micro_batch()
+        if self._tape is None or self._hooks is None:
+            raise UnsupportedError(
+                f"per-example gradients are not available: {self.refusal}",
+                fix=f"{_ACCUMULATE}, or leave GradientNoiseScale out of observables=.",
+            )
+        if not any(p.grad is not None for p in self._wanted.values()):
+            raise SampleSkippedError("no parameter has a gradient at this step")
+        by_parameter, skipped = self._tape.result()
+        self.seconds_in_hooks += self._tape.seconds + self._hooks.seconds
+        skipped |= {name: reason for name, reason in self.run.unaccounted.items() if reason}
+        self._remember(skipped)
+        names, size, divisor = list(by_parameter), self.run.sizes[0], self._divisor
+        scale = divisor / self.run.loss_scale
+        sq_norms = self._rows(by_parameter) * (scale * (size if self._mean else 1.0)) ** 2
+        share = 1.0 if self._mean else 1.0 / size
+        if len(self.run.sizes) == 1:
+            whole = self._whole(names, divisor * share)
+        else:
+            self._hooks.check()
+            if not self._hooks.norms:
+                raise SampleSkippedError("this step has several micro-batches where the last had one")
+            whole = self._sums({name: self._hooks.norms[name] for name in names}) * (scale * share) ** 2
+        # a whole of one micro-batch among several is this process's own
+        processes = parallel.world_size() if len(self.run.sizes) == 1 else 1
+        ones = torch.ones(size, dtype=torch.int64)
+        self._keep(self.name, names, sq_norms, ones, whole, processes=processes, skipped=skipped)
+
+    def _rows(self, by_parameter: Mapping[str, Tensor]) -> Tensor:
+        """Squared norms of the examples, ``[B, U, M]``."""
+        assert self._tape is not None
+        metrics: list[Mapping[str, Tensor]] = [by_parameter]
+        if self.run.preconditioner is not None:
+            unknown = torch.full_like(next(iter(by_parameter.values())), torch.nan)
+            metrics.append({name: self._tape.weighted.get(name, unknown) for name in by_parameter})
+        rows = torch.stack([torch.stack([one[name] for name in by_parameter]) for one in metrics], -1)
+        parameters = [self._trained[name] for name in by_parameter]
+        return self.run.sections.reduce(parameters, rows.to(accumulation_dtype(rows.device))).transpose(0, 1)
+
+    def _remember(self, skipped: Mapping[str, str]) -> None:
+        """Which parameters have been looked at; one without any gradient is looked at again."""
+        comparison = self._tape.comparison if self._tape is not None else None
+        for name in comparison.judged if comparison is not None else ():
+            self.run.unaccounted[name] = skipped.get(name, "")
+
+
+def _squared(factor: Tensor | None) -> Tensor | None:
+    return None if factor is None else factor.square()
+
+
+class NormLayerSource(ExampleSource):
+    """Single examples as the norm layers alone see them (Gray et al. 2024, arXiv:2411.00999)."""
+
+    layers = NORM_LAYERS
+    name = "norm layers"
+
+
+class MicroBatchSource(_Source):
+    """Micro-batches of gradient accumulation, on every process."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self._hooks = ParameterHooks(self._trained)
+        self._micro: list[dict[str, Tensor]] = []
+
+    def enter(self, size: int) -> None:
+        """Hook the parameters for one backward pass."""
+        self._hooks.attach(self.run.preconditioner)
+
+    def exit(self) -> None:
+        """Note what came."""
+        self._hooks.detach()
+        self._micro.append(self._hooks.norms)
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        self._hooks.detach()
+
+    def before_step(self) -> None:
+        """Reduce everything while ``.grad`` is still unclipped."""
+        if not self.run.sizes:
+            raise no_micro_batch()
+        if not any(p.grad is not None for p in self._trained.values()):
+            raise SampleSkippedError("no parameter has a gradient at this step")
+        self._hooks.check()
+        self.seconds_in_hooks += self._hooks.seconds
+        # a micro-batch that was given up has no backward pass and is no part of the gradient
+        seen = [(norms, n) for norms, n in zip(self._micro, self.run.sizes, strict=True) if norms]
+        if len(seen) * parallel.world_size() < 2:
+            raise SampleSkippedError("fewer than two micro-batches of this step had a backward pass")
+        self.run.sizes = [n if norms else 0 for norms, n in zip(self._micro, self.run.sizes, strict=True)]
+        sizes = torch.tensor([n for _, n in seen])
+        factors = torch.full((len(seen),), self._divisor / self.run.loss_scale, dtype=torch.float64)
+        if not self._mean:
+            factors /= sizes
+        rows = torch.stack([self._sums(norms) for norms, _ in seen])
+        sq_norms = rows * factors.to(rows)[:, None, None].square()
+        names = [name for name in self._trained if any(name in norms for norms, _ in seen)]
+        whole = self._whole(names, self._divisor / (len(seen) if self._mean else int(sizes.sum())))
+        self._keep(self._name(len(seen)), names, sq_norms, sizes, whole, processes=parallel.world_size())
+
+    @staticmethod
+    def _name(micro_batches: int) -> str:
+        processes = parallel.world_size()
+        if processes == 1:
+            return "micro-batches"
+        return f"{processes} processes" if micro_batches == 1 else f"micro-batches of {processes} processes"
+
+
+class SplitSource(_Source):
+    """The step's last micro-batch, split: a pass of its own for each piece, in the modes of training.
+
+    The whole gradient is the mean over the pieces, so that batch norm, which normalises within each,
+    is the same in both.
+    """
+
+    pieces: ClassVar[int] = 8
+
+    def before_step(self) -> None:
+        """Make the passes; the loss's own reduction is over examples."""
+        if self.run.loss_fn is None:
+            raise UnsupportedError(
+                "a batch can only be split where the loss is known",
+                fix="Pass loss_fn=, which maps outputs and targets to the loss.",
+            )
+        if self.run.batch is None:
+            raise no_micro_batch()
+        x, y = self.run.batch
+        normalised = any(isinstance(m, _BatchNorm) and m.training for m in self.run.model.modules())
+        least = FEWEST_NORMALISED if normalised else 1
+        pieces = min(self.pieces, examples(x) // least)
+        if pieces < 2:
+            raise SampleSkippedError(
+                f"a batch is split into two or more pieces of {least} or more examples", got=examples(x)
+            )
+        parameters = list(self._trained.values())
+        gradients, counts = split_gradients(
+            self.run.model, self.run.loss_fn, x, y, pieces, parameters=parameters
+        )
+        sizes = counts.double()
+        factors = torch.ones_like(sizes) if self._mean else 1.0 / sizes
+        weights = torch.full_like(sizes, 1.0 / pieces) if self._mean else sizes / sizes.sum()
+        rows = torch.stack([self._squares(parameters, piece) for piece in gradients])
+        sq_norms = rows * factors.to(rows)[:, None, None].square()
+        total = [torch.zeros_like(p) for p in parameters]
+        for piece, share in zip(gradients, (weights * factors).tolist(), strict=True):
+            torch._foreach_add_(total, piece, alpha=share)
+        whole = self._squares(parameters, total)
+        self._keep("split batch", list(self._trained), sq_norms, counts, whole)
+
+
+class AutoSource(Collector):
+    """The best source at hand: micro-batches and processes, else single examples, else a split batch.
+
+    A batch is split where the loss is known and single examples are seen of too few parameters.
+    """
+
+    moment: ClassVar[MomentName] = "before_step"
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self._micro = MicroBatchSource(run)
+        self._examples: ExampleSource | None = None
+        self._chosen: Collector = self._micro
+
+    def enter(self, size: int) -> None:
+        """Hook the parameters; ride along too unless parts of another kind are known to come."""
+        self._micro.enter(size)
+        if len(self.run.sizes) == 1 and self.run.micro_batches_before < 2 and parallel.world_size() == 1:
+            self._examples = ExampleSource(self.run)
+            self._examples.enter(size)
+        elif self._examples is not None:
+            self._examples.close()
+
+    def exit(self) -> None:
+        """A backward pass is done."""
+        self._micro.exit()
+        if self._examples is not None:
+            self._examples.exit()
+
+    def before_step(self) -> None:
+        """Choose by what came."""
+        if len(self.run.sizes) > 1 or parallel.world_size() > 1 or not self.run.sizes:
+            self._micro.before_step()
+        elif self._examples is None:
+            raise SampleSkippedError("this step has one micro-batch where the last had several")
+        elif self.run.loss_fn is None:
+            self._chosen = self._examples
+            self._chosen.before_step()
+        elif self._coverage(self._examples) >= LEAST_COVERAGE:
+            self._chosen = self._examples
+        else:
+            self._chosen = SplitSource(self.run)
+            self._chosen.before_step()
+        sources = {self._micro, self._examples, self._chosen}
+        self.seconds_in_hooks = sum(source.seconds_in_hooks for source in sources if source is not None)
+
+    @staticmethod
+    def _coverage(source: ExampleSource) -> float:
+        """Share of the parameters of which single examples are seen."""
+        try:
+            source.before_step()
+        except UnsupportedError:
+            return 0.0
+        return source.result().coverage
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        self._micro.close()
+        if self._examples is not None:
+            self._examples.close()
+
+    def result(self) -> Chunks:
+        """The norms of this step's parts."""
+        return self._chosen.result()

@@ -1,0 +1,1 @@
+"""The engine: when something is due, gathered once, averaged, read and recorded."""

@@ -1,0 +1,162 @@
+"""When to measure: ``step -> bool``, small frozen values that combine with ``|``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import InputError
+
+
+class Schedule(ABC):
+    """A rule that says at which optimizer steps something is due. It has no state."""
+
+    @abstractmethod
+    def __call__(self, step: int) -> bool:
+        """Whether the step is due."""
+
+    def __or__(self, other: Schedule) -> Schedule:
+        """Due when either is due."""
+        return either(self, other)
+
+
+@dataclass(frozen=True)
+class every(Schedule):  # noqa: N801 - reads as a verb where it is used: every(100)
+    """Due at every ``steps``-th optimizer step, beginning with step 0.
+
+    Args:
+        steps: Distance between due steps, at least 1.
+
+    Raises:
+        InputError: If ``steps`` is not a positive whole number.
+
+    Example:
+        >>> [step for step in range(10) if every(4)(step)]
+        [0, 4, 8]
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        """Check the cadence."""
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise InputError(
+                "a cadence must be a whole number of steps, at least 1",
+                got=repr(self.steps),
+                fix="Write every(50) for every 50th step.",
+            )
+
+    def __call__(self, step: int) -> bool:
+        """Whether ``step`` is a multiple."""
+        return step % self.steps == 0
+
+
+@dataclass(frozen=True)
+class log_spaced(Schedule):  # noqa: N801
+    """Due at steps 0, 1, 2, 5, 10, 20, 50, ... up to ``until``.
+
+    Args:
+        until: Last step that can be due; ``None`` for no end.
+
+    Raises:
+        InputError: If ``until`` is not positive.
+
+    Example:
+        >>> [step for step in range(60) if log_spaced()(step)]
+        [0, 1, 2, 5, 10, 20, 50]
+    """
+
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the end."""
+        if self.until is not None and self.until < 1:
+            raise InputError(
+                "log_spaced(until=...) must be at least 1",
+                got=self.until,
+                fix="Write log_spaced(until=1000), or log_spaced() for no end.",
+            )
+
+    def __call__(self, step: int) -> bool:
+        """Whether ``step`` is 0 or one of 1, 2, 5 times a power of ten."""
+        if self.until is not None and step > self.until:
+            return False
+        digits = str(step).rstrip("0")
+        return digits in ("", "1", "2", "5")
+
+
+@dataclass(frozen=True)
+class at(Schedule):  # noqa: N801
+    """Due at the listed steps.
+
+    Args:
+        steps: Optimizer steps, none negative.
+
+    Raises:
+        InputError: If the list is empty or holds a negative step.
+
+    Example:
+        >>> [step for step in range(10) if at([0, 7])(step)]
+        [0, 7]
+    """
+
+    steps: Sequence[int]
+
+    def __post_init__(self) -> None:
+        """Check the steps."""
+        if not self.steps or min(self.steps) < 0:
+            raise InputError(
+                "at(steps) needs at least one step and none below 0",
+                got=list(self.steps),
+                fix="Write at([0, 100, 1000]).",
+            )
+
+    def __call__(self, step: int) -> bool:
+        """Whether ``step`` is listed."""
+        return step in self.steps
+
+
+@dataclass(frozen=True)
+class either(Schedule):  # noqa: N801
+    """Due when one of two schedules is; what ``|`` builds.
+
+    Args:
+        first: A schedule.
+        second: Another one.
+
+    Example:
+        >>> [step for step in range(10) if (every(6) | at([1]))(step)]
+        [0, 1, 6]
+    """
+
+    first: Schedule
+    second: Schedule
+
+    def __call__(self, step: int) -> bool:
+        """Whether one of the two is due."""
+        return self.first(step) or self.second(step)
+
+
+def as_schedule(schedule: Schedule | int) -> Schedule:
+    """Read a whole number as a cadence.
+
+    Args:
+        schedule: A schedule, or a number of steps.
+
+    Raises:
+        InputError: If it is neither.
+
+    Example:
+        >>> as_schedule(50)
+        every(steps=50)
+    """
+    if isinstance(schedule, Schedule):
+        return schedule
+    if isinstance(schedule, int):
+        return every(schedule)
+    raise InputError(
+        "a schedule must be a Schedule or a number of steps",
+        got=repr(schedule),
+        fix="Write schedule=every(50) or schedule=50.",
+    )

@@ -1,0 +1,50 @@
+"""Hand readings and decisions to the loggers of a training framework, whatever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .readings import Decision, Reading, scalars
+from .tensorboard import custom_scalars_layout, write_arrays, write_decisions
+
+
+class LoggersRecorder:
+    """Calls ``log_metrics(dict, step)`` on every logger; TensorBoard also gets arrays and decisions.
+
+    Loggers are told apart by the name of their class, which serves both namespaces of Lightning and
+    imports nothing.
+
+    Args:
+        loggers: Objects with ``log_metrics``.
+        layout: Also write a custom-scalars layout into TensorBoard.
+        prefix: Prefix of the keys in the layout and of the text.
+
+    Example:
+        >>> class Logger:
+        ...     def log_metrics(self, metrics, step):
+        ...         print(step, metrics)
+        >>> LoggersRecorder([Logger()])(7, [Reading("dynamics/ntk/drift", 0.5)])
+        7 {'dynamics/ntk/drift': 0.5}
+    """
+
+    def __init__(self, loggers: Sequence[Any], *, layout: bool = False, prefix: str = "dynamics") -> None:
+        self._loggers = list(loggers)
+        self._prefix, self._layout = prefix, layout
+        self._boards = [one for one in self._loggers if type(one).__name__ == "TensorBoardLogger"]
+
+    def __call__(self, step: int, readings: Sequence[Reading]) -> None:
+        """Log one record, before the first one the layout."""
+        for board in self._boards if self._layout else ():
+            board.experiment.add_custom_scalars(custom_scalars_layout(self._prefix, readings))
+        self._layout = False
+        numbers = scalars(list(readings))
+        for logger in self._loggers:
+            logger.log_metrics(numbers, step=step)
+        for board in self._boards:
+            write_arrays(board.experiment, step, readings)
+
+    def record_decisions(self, decisions: Sequence[Decision]) -> None:
+        """Write them as text where there is a TensorBoard."""
+        for board in self._boards:
+            write_decisions(board.experiment, decisions, self._prefix)

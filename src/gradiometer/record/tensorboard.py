@@ -1,0 +1,166 @@
+"""Write readings into a TensorBoard run, beside the loss curves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from .readings import Decision, Reading, make_key, scalars
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_IMAGE_EDGE = 256
+
+
+class TensorBoardRecorder:
+    """Scalars with their errors, kernels as images, spectra as histograms, decisions as text.
+
+    Args:
+        log_dir: Run directory, or a ``SummaryWriter`` that is already open (it is not closed here).
+        layout: Also write a custom-scalars layout that groups the curves. A second layout in one run
+            replaces the first, so it is off by default.
+        prefix: Prefix of the keys in the layout and of the text.
+
+    Raises:
+        InputError: If TensorBoard is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> recorder = TensorBoardRecorder(tempfile.mkdtemp())
+        >>> recorder(7, [Reading("dynamics/ntk/drift", 0.5, stderr=0.1)]); recorder.close()
+    """
+
+    def __init__(self, log_dir: str | Path | Any, *, layout: bool = False, prefix: str = "dynamics") -> None:
+        self._owned = isinstance(log_dir, (str, Path))
+        self.writer: Any = _writer(log_dir) if isinstance(log_dir, (str, Path)) else log_dir
+        self._prefix, self._layout = prefix, layout
+
+    def __call__(self, step: int, readings: Sequence[Reading]) -> None:
+        """Write one record, before the first one the layout."""
+        if self._layout:
+            self.writer.add_custom_scalars(custom_scalars_layout(self._prefix, readings))
+            self._layout = False
+        for key, value in scalars(list(readings)).items():
+            self.writer.add_scalar(key, value, step)
+        write_arrays(self.writer, step, readings)
+
+    def record_decisions(self, decisions: Sequence[Decision]) -> None:
+        """Write them as text."""
+        write_decisions(self.writer, decisions, self._prefix)
+
+    def close(self) -> None:
+        """Flush, and close the writer if it was opened here."""
+        self.writer.flush()
+        if self._owned:
+            self.writer.close()
+
+
+def write_arrays(writer: Any, step: int, readings: Sequence[Reading]) -> None:
+    """Kernels as grey images (black is the smallest entry), spectra as histograms.
+
+    Args:
+        writer: An open ``SummaryWriter``.
+        step: The optimizer step.
+        readings: Readings of that step; numbers are left out.
+    """
+    import numpy as np  # whoever only reads records does not load it
+
+    for reading in readings:
+        if isinstance(reading.value, float) or not np.isfinite(reading.value).all():
+            continue
+        if reading.value.ndim == 2:
+            writer.add_image(reading.key, _image(reading.value), step, dataformats="HW")
+        elif reading.value.ndim == 1:
+            writer.add_histogram(reading.key, reading.value, step)
+
+
+def write_decisions(writer: Any, decisions: Sequence[Decision], prefix: str = "dynamics") -> None:
+    """Decisions as text, one page for each controller's changes and one for its refusals.
+
+    Args:
+        writer: An open ``SummaryWriter``.
+        decisions: What controllers decided at one step.
+        prefix: First part of the tag.
+    """
+    for decision in decisions:
+        name = f"{decision.controller}/{'changes' if decision.wanted else 'refusals'}"
+        writer.add_text(make_key(prefix, "control", name), decision.sentence(), decision.step)
+
+
+def custom_scalars_layout(
+    prefix: str = "dynamics", first: Sequence[Reading] = ()
+) -> dict[str, dict[str, list[Any]]]:
+    """A custom-scalars layout: the losses, then one chart per question; no two noise scales on one axis.
+
+    Args:
+        prefix: Prefix of the keys.
+        first: A run's first record; charts of what not every run has are there if it is in that.
+
+    Returns:
+        What ``SummaryWriter.add_custom_scalars`` takes.
+
+    Example:
+        >>> custom_scalars_layout()["dynamics"]["stationary? (fdr ratio)"]
+        ['Multiline', ['^dynamics/fdr/ratio$']]
+    """
+    charts = {
+        "learning features? (kernel drift)": ["ntk/drift"],
+        "kernel direction": ["ntk/distance", "ntk/alignment"],
+        "kernel velocity": ["ntk/velocity"],
+        "kernel spectrum": ["ntk/top_eigenvalue", "ntk/smallest_eigenvalue", "ntk/trace"],
+        "input sensitivity (Jacobian)": [
+            "jacobian/frobenius_norm",
+            "jacobian/frobenius_rms",
+            "jacobian/spectral_norm",
+        ],
+        "batch size right? (noise scale)": ["noise/scale"],
+        "critical batch fraction": ["noise/critical_batch_fraction"],
+        "SGD noise scale": ["noise/sgd_scale"],
+        "SGD temperature": ["noise/temperature"],
+        "fluctuation and dissipation": ["fdr/left", "fdr/right"],
+        "stationary? (fdr ratio)": ["fdr/ratio"],
+        "stationary: 1, not: 0": ["fdr/stationary"],
+        "cost": ["cost/fraction"],
+    }
+    sometimes = {
+        "learning rate over its limit": ["control/lr_over_limit"],
+        "learning rate": ["control/learning_rate"],
+        "batch size": ["control/batch_size"],
+        "changes made by controllers": ["control/changes"],
+    }
+    there = {reading.key for reading in first}
+    charts |= {
+        title: keys for title, keys in sometimes.items() if there & {f"{prefix}/{key}" for key in keys}
+    }
+    losses = {"losses": ["Multiline", [".*loss$"]]}
+    return {
+        prefix: losses
+        | {
+            title: ["Multiline", [f"^{re.escape(f'{prefix}/{key}')}$" for key in keys]]
+            for title, keys in charts.items()
+        }
+    }
+
+
+def _writer(log_dir: str | Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "TensorBoardRecorder needs tensorboard", fix="pip install 'gradiometer[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(log_dir))
+
+
+def _image(matrix: np.ndarray) -> np.ndarray:
+    """Scale to 0..255 and enlarge small matrices to whole pixels per entry."""
+    import numpy as np
+
+    low, high = float(matrix.min()), float(matrix.max())
+    grey = np.zeros_like(matrix) if high == low else (matrix - low) / (high - low)
+    factor = max(1, _IMAGE_EDGE // len(matrix))
+    return np.kron((255 * grey).astype(np.uint8), np.ones((factor, factor), np.uint8))

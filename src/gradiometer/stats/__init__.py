@@ -1,0 +1,1 @@
+"""Statistics and linear algebra: averages over steps, their errors, tests of stationarity."""

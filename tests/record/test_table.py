@@ -1,0 +1,185 @@
+"""Sentences and the closing table say no more than the readings do."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gradiometer import FluctuationDissipation, GradientNoiseScale, Monitor, Reading
+from gradiometer.record.table import sentence, table
+
+
+def reading(name, value, stderr=math.nan, **more):
+    return Reading(f"d/{name}", value, stderr, **more)
+
+
+def said(first, *others):
+    return sentence(first, {each.key: each for each in (first, *others)})
+
+
+UNDECIDED = {
+    "resolved": False,
+    "note": "SGD form; without weight decay the norm may grow for ever; the learning rate changes",
+}
+
+# -- has the run settled? --------------------------------------------------------------------------
+
+
+def test_a_decision_is_said_with_what_to_do():
+    assert said(reading("fdr/stationary", 1.0)).startswith("the run has settled: lower the learning rate")
+    assert said(reading("fdr/stationary", 0.0)) == "the run is still on its way."
+
+
+@pytest.mark.parametrize("section", ["", "/head", "/0.scale_invariant"])
+def test_no_decision_is_said_with_its_reason(section):
+    undecided = reading(f"fdr/stationary{section}", math.nan, **UNDECIDED)
+    assert said(undecided) == "not decided: the learning rate changes."
+
+
+@pytest.mark.parametrize("section", ["", "/head"])
+@pytest.mark.parametrize(
+    ("decision", "beginning"),
+    [
+        ({"value": 1.0}, "stationary: the norm of the weights has stopped drifting"),
+        ({"value": 0.0}, "transient: the weights are still on their way"),
+        ({"value": math.nan, **UNDECIDED}, "not resolved: the learning rate changes."),
+    ],
+)
+def test_the_ratio_says_what_was_decided(decision, beginning, section):
+    ratio = reading(f"fdr/ratio{section}", 1.01, 0.01)
+    assert said(ratio, reading(f"fdr/stationary{section}", **decision)).startswith(beginning)
+
+
+def test_a_ratio_far_from_one_is_transient_before_anything_is_decided():
+    undecided = reading("fdr/stationary", math.nan, **UNDECIDED)
+    assert said(reading("fdr/ratio", 3.0, 0.1), undecided).startswith("transient")
+    assert said(reading("fdr/ratio", 3.0, 2.0), undecided).startswith("not resolved")
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "beginning"),
+    [(1.02, 0.01, "stationary"), (1.5, 0.01, "transient"), (1.02, 0.5, "not resolved: the window")],
+)
+def test_a_ratio_alone_is_held_against_its_error(value, stderr, beginning):
+    assert said(reading("fdr/ratio", value, stderr)).startswith(beginning)
+
+
+# -- is the batch size right? ----------------------------------------------------------------------
+
+SCALE = {"unit": "samples", "resolved": False, "high": math.inf}
+
+
+def test_a_scale_that_is_not_resolved_shows_its_lower_bound():
+    bounded = reading("noise/scale", math.nan, low=250.0, **SCALE)
+    assert said(bounded).startswith("not resolved, at least 250: the gradient is below its own noise")
+    (row,) = [line for line in table({bounded.key: bounded}, {}).splitlines() if "  scale" in line]
+    assert ">= 250 " in row
+    assert "nan" not in row
+
+
+@pytest.mark.parametrize("low", [math.nan, -3.0, 0.0])
+def test_a_scale_of_which_nothing_is_known_is_called_so(low):
+    unknown = reading("noise/scale", math.nan, low=low, **SCALE)
+    text = table({unknown.key: unknown}, {})
+    assert "not resolved" in text
+    assert ">=" not in text
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize(
+    ("fraction", "beginning"),
+    [(0.05, "noise-limited"), (0.5, "the batch is of the order"), (0.95, "the batch is larger")],
+)
+def test_a_scale_is_held_against_the_batch(fraction, beginning):
+    scale = reading("noise/scale", 100.0, 5.0)
+    assert said(scale, reading("noise/critical_batch_fraction", fraction)).startswith(beginning)
+
+
+@pytest.mark.parametrize("name", ["temperature", "sgd_scale"])
+def test_batches_without_replacement_are_warned_of(name):
+    sampled = reading(
+        f"noise/{name}",
+        1e-4,
+        sentence="What it is.",
+        note="per example; batches are drawn without replacement",
+    )
+    assert said(sampled).startswith("What it is. Batches are drawn without replacement")
+    assert "colder than this" in said(sampled)
+    assert said(reading(f"noise/{name}", 1e-4, sentence="What it is.", note="per example")) == "What it is."
+
+
+# -- from a run ------------------------------------------------------------------------------------
+
+
+def run(lr, steps, **arguments):
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(1)
+    observables = [FluctuationDissipation(schedule=5, sampling=1), GradientNoiseScale(schedule=5)]
+    with Monitor(model, optimizer, observables, on_error="raise", **arguments) as monitor:
+        for _ in range(steps):
+            x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+            y = torch.randint(3, (8,), generator=generator)
+            with monitor.micro_batch(x, y):
+                F.cross_entropy(model(x), y).backward()
+            monitor.before_step()
+            optimizer.step()
+            optimizer.zero_grad()
+    return monitor
+
+
+def rows(monitor):
+    """The closing table by name of the reading, each with the lines that belong to it."""
+    found, name = {}, ""
+    for line in monitor.table().splitlines()[2:]:
+        name = line.split()[0] if line[:3].strip() else name
+        found[name] = f"{found.get(name, '')} {' '.join(line.split())}".strip()
+    return found
+
+
+def test_the_table_of_a_short_run_says_why_nothing_is_decided():
+    found = rows(run(0.1, 31, dataset_size=1000, replacement=False))
+    assert "not decided: the window holds fewer than 10 records." in found["stationary"]
+    assert "not resolved: the window holds fewer than 10 records." in found["ratio"]
+    for name in ("temperature", "sgd_scale"):
+        assert "Batches are drawn without replacement" in found[name]
+
+
+def test_the_table_of_noise_alone_shows_a_lower_bound():
+    # the targets have nothing to do with the inputs: at the minimum there is no gradient
+    monitor = run(0.1, 401)
+    scale = monitor.latest["dynamics/noise/scale"]
+    assert math.isnan(scale.value)
+    assert scale.low > 0
+    found = rows(monitor)
+    assert f">= {scale.low:.4g} samples not resolved, at least {scale.low:.3g}" in found["scale"]
+
+
+def test_the_table_where_nothing_moves():
+    found = rows(run(0.0, 31))
+    assert "not decided: the weights do not move." in found["stationary"]
+    assert "not measured" in found["ratio"]
+    assert "nan" not in run(0.0, 31).table()
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "begins"),
+    [
+        (1.8, 0.1, "beyond the edge of stability: unless the loss falls all the same, divide"),
+        (1.1, 0.1, "at the edge of stability"),
+        (0.95, math.nan, "at the edge of stability"),
+        (0.5, 0.3, "at the edge of stability"),
+        (0.5, 0.1, "stable: full-batch descent would bear 2 times"),
+        (-0.1, 0.0, "no curvature is positive"),
+    ],
+)
+def test_the_learning_rate_over_its_limit(value, stderr, begins):
+    assert sentence(Reading("d/control/lr_over_limit", value, stderr), {}).startswith(begins)
+
+
+def test_a_limit_that_was_not_found():
+    reading = Reading("d/control/lr_over_limit", math.nan, low=0.4, resolved=False)
+    assert sentence(reading, {}) == "not resolved, at least 0.4: the largest curvature was not found."
