@@ -38,6 +38,7 @@ _WHERE = {
     "Reading": "record.readings",
     "Recorder": "record",
     "Reference": "stats.estimators",
+    "Sample": "observables",
     "Schedule": "observables.schedules",
     "SecondFluctuationDissipation": "observables",
     "Snapshot": "collect.snapshot",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from .observables import NeuralTangentKernel as NeuralTangentKernel
     from .observables import NoiseCurvature as NoiseCurvature
     from .observables import Observable as Observable
+    from .observables import Sample as Sample
     from .observables import SecondFluctuationDissipation as SecondFluctuationDissipation
     from .observables import best_step as best_step
     from .observables import curvature_of_noise as curvature_of_noise

@@ -44,7 +44,7 @@ from ..control import Controller, ControlPanel, View, check_controllers, with_ne
 from ..control.panel import GROUP, QUANTITIES
 from ..errors import CostWarning, InputError, MeasurementWarning, SampleSkippedError, UnsupportedError
 from ..observables import Observable, default_observables
-from ..observables.base import Estimate
+from ..observables.base import Estimate, Sample, as_sample
 from ..optimizers.updates import step_was_made
 from ..record.base import Recorder
 from ..record.readings import Decision, Quantity, Reading, make_key, quantity_of
@@ -56,7 +56,7 @@ from .checks import check_run, check_settings
 from .cost import CostLedger
 from .crosschecks import disagreements
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 _TRIES = 3
 _UNREAD = 256
 _EARLY = {"probe"} | {name for name, kind in COLLECTORS.items() if kind.moment == "before_step"}
@@ -85,7 +85,7 @@ class _Slot:
     needs: frozenset[str] = frozenset()
     failed: bool = False
     error: Exception | None = None
-    sample: Mapping[str, Tensor] | None = None
+    sample: Sample | None = None
     levels: Mapping[str, Tensor] = field(default_factory=dict)
     note: str = ""
     seconds: float = 0.0
@@ -458,7 +458,7 @@ class Monitor:
                     raise broken
                 if self._probe is None and "probe" in slot.needs:
                     raise no_micro_batch()
-                slot.sample = {k: v.detach() for k, v in slot.observable.statistics(snapshot).items()}
+                slot.sample = as_sample(slot.observable.statistics(snapshot))
                 if slot.recording:
                     slot.levels = slot.observable.levels(snapshot)
                     slot.note = slot.observable.note(snapshot)
@@ -495,7 +495,7 @@ class Monitor:
         for slot in self._due:
             if slot.sample is not None and not slot.failed:
                 try:
-                    slot.estimator.add(slot.sample)
+                    slot.estimator.add(*slot.sample)
                 except Exception as error:
                     self._fail(slot, error)
         recording = [slot for slot in self._due if slot.recording]
@@ -597,7 +597,8 @@ class Monitor:
         slot.estimator.close(self.step, slot.levels)
         reference = slot.estimator.reference()
         rows, weights = slot.estimator.replicates()
-        values = slot.observable.readings(rows | slot.estimator.levels(), reference)
+        now = rows | slot.estimator.levels()
+        values = slot.observable.readings(now, reference) if now or reference.samples else {}  # not yet
         quantities, arrays = slot.observable.quantities, slot.observable.arrays
         numbers = {name: _as_rows(value) for name, value in values.items() if name not in arrays}
         errors = _errors({n: row for n, row in numbers.items() if len(row) > 1}, weights)
@@ -686,7 +687,7 @@ class Monitor:
         flat = [
             tensor
             for slot in kept
-            for tensor in (*slot.estimator.pending[0].values(), torch.tensor(slot.estimator.pending[1]))
+            for tensor in (*slot.estimator.pending[0].values(), _as_tensor(slot.estimator.pending[1]))
         ]
         means = iter(parallel.mean(flat, device))
         for slot in kept:
@@ -1018,6 +1019,10 @@ class Monitor:
 
 def _ignore(decisions: Sequence[Decision]) -> None:
     """A recorder that takes no decisions."""
+
+
+def _as_tensor(weight: float | Tensor) -> Tensor:
+    return weight if isinstance(weight, Tensor) else torch.tensor(weight)
 
 
 def _as_rows(value: Any) -> Tensor:

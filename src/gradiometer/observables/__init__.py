@@ -1,6 +1,6 @@
 """The observables, one file each: pure functions, then the class that connects them."""
 
-from .base import Estimate, Observable
+from .base import Estimate, Observable, Sample
 from .curvature_noise import NoiseCurvature, best_step, curvature_of_noise
 from .fluctuation_dissipation import FluctuationDissipation, fluctuation_dissipation
 from .gradient_noise_scale import (
@@ -54,6 +54,7 @@ __all__ = [
     "NeuralTangentKernel",
     "NoiseCurvature",
     "Observable",
+    "Sample",
     "SecondFluctuationDissipation",
     "best_step",
     "curvature_of_noise",

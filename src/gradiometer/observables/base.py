@@ -38,6 +38,36 @@ class Estimate(NamedTuple):
     note: str = ""
 
 
+class Sample(NamedTuple):
+    """Statistics of one step, and how much this step counts.
+
+    Args:
+        statistics: Tensors that are averaged over sampling steps and processes.
+        weight: 1 for a step that counts and 0 for one that must not, such as a step whose gradient is not
+            finite. A tensor on the device of the statistics where only the device knows.
+
+    Example:
+        >>> loss = torch.tensor(torch.inf)
+        >>> Sample({"loss": loss}, weight=loss.isfinite()).weight
+        tensor(False)
+    """
+
+    statistics: Mapping[str, Tensor]
+    weight: float | Tensor = 1.0
+
+
+def as_sample(answer: Mapping[str, Tensor] | Sample | None) -> Sample:
+    """What ``statistics`` returned, with its weight; "not yet" is an empty sample of weight 0.
+
+    Args:
+        answer: Plain statistics count once.
+    """
+    if answer is None:
+        return Sample({}, 0.0)
+    statistics, weight = answer if isinstance(answer, Sample) else (answer, 1.0)
+    return Sample({name: value.detach() for name, value in statistics.items()}, weight)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Observable(ABC):
     """One quantity of the training run: which data it needs, what it averages, what it reads.
@@ -45,6 +75,14 @@ class Observable(ABC):
     A subclass sets the class attributes and writes ``readings`` and at least one of ``statistics``
     (averaged over sampling steps, and over processes) and ``levels`` (state functions, taken at
     recording steps and compared with earlier ones).
+
+    Neither of these two is a failure, also under ``Monitor(on_error="raise")``:
+
+    * *This step does not count*: ``statistics`` returns ``Sample(statistics, weight=0)``, and the averages,
+      the number of samples and the errors stay as if the step had not been.
+    * *Not yet*: ``statistics`` returns ``None`` where it has nothing to go by, such as a step before this
+      one; nothing is added. ``readings`` is not asked while there are neither samples nor levels, and may
+      itself return ``{}`` while there is nothing to read.
 
     Args:
         schedule: When a reading is recorded; a number of steps is read as a cadence.
@@ -112,8 +150,8 @@ class Observable(ABC):
         """Names of the quantities it reads with its present settings; ``nan`` where it fails."""
         return frozenset(self.quantities)
 
-    def statistics(self, snapshot: Snapshot) -> Mapping[str, Tensor]:
-        """Tensors that are averaged over sampling steps and processes."""
+    def statistics(self, snapshot: Snapshot) -> Mapping[str, Tensor] | Sample | None:
+        """Tensors that are averaged over sampling steps and processes; ``None`` for "not yet"."""
         del snapshot
         return {}
 
