@@ -46,7 +46,7 @@ _WHERE = {
     "Window": "stats.estimators",
     "at": "observables.schedules",
     "best_step": "observables",
-    "curvature_of_noise": "observables",
+    "curvature_of_noise": "observables.noise_curvature",
     "default_observables": "observables",
     "empirical_ntk": "observables",
     "every": "observables.schedules",
@@ -59,6 +59,7 @@ _WHERE = {
     "kernel_angle": "observables",
     "kernel_distance": "observables",
     "log_spaced": "observables.schedules",
+    "noise_curvature": "observables",
     "per_example_grad_norms": "observables",
     "projection_stderr": "observables",
     "read_decisions": "record",
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     from .observables import kernel_alignment as kernel_alignment
     from .observables import kernel_angle as kernel_angle
     from .observables import kernel_distance as kernel_distance
+    from .observables import noise_curvature as noise_curvature
     from .observables import per_example_grad_norms as per_example_grad_norms
     from .observables import projection_stderr as projection_stderr
     from .observables import relative_drift as relative_drift

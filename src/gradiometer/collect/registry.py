@@ -238,10 +238,10 @@ class ParameterStepCollector(Collector):
 
 
 COLLECTORS: Mapping[str, type[Collector]] = {
-    "chunks": AutoSource,
-    "example_chunks": ExampleSource,
-    "norm_layer_chunks": NormLayerSource,
-    "split_chunks": SplitSource,
+    "gradient_parts": AutoSource,
+    "example_parts": ExampleSource,
+    "norm_layer_parts": NormLayerSource,
+    "split_parts": SplitSource,
     "preconditioner": PreconditionerCollector,
     "curvature": CurvatureCollector,
     "step_curvature": StepCurvatureCollector,

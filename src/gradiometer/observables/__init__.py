@@ -1,7 +1,6 @@
 """The observables, one file each: pure functions, then the class that connects them."""
 
 from .base import Estimate, Observable, Sample
-from .curvature_noise import NoiseCurvature, best_step, curvature_of_noise
 from .fluctuation_dissipation import FluctuationDissipation, fluctuation_dissipation
 from .gradient_noise_scale import (
     GradientNoiseScale,
@@ -20,6 +19,7 @@ from .neural_tangent_kernel import (
     projection_stderr,
     relative_drift,
 )
+from .noise_curvature import NoiseCurvature, best_step, curvature_of_noise, noise_curvature
 from .second_fluctuation_dissipation import (
     SecondFluctuationDissipation,
     harmonicity,
@@ -68,6 +68,7 @@ __all__ = [
     "kernel_alignment",
     "kernel_angle",
     "kernel_distance",
+    "noise_curvature",
     "per_example_grad_norms",
     "projection_stderr",
     "relative_drift",

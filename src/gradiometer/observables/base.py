@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
 
-from ..collect.snapshot import Snapshot
+from ..collect.snapshot import RENAMED, Snapshot, present_name
 from ..record.readings import Quantity
 from ..stats.estimators import Estimator, Last, Reference
 from .schedules import Schedule, as_schedule
@@ -119,6 +119,12 @@ class Observable(ABC):
     schedule: Schedule | int = 100
     sampling: Schedule | int | None = None
     estimator: Estimator | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in ("needs", "level_needs"):
+            if not RENAMED.keys().isdisjoint(getattr(cls, name)):
+                setattr(cls, name, frozenset(map(present_name, getattr(cls, name))))
 
     def __post_init__(self) -> None:
         """Read numbers as cadences, and choose the estimator."""
