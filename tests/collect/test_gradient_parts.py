@@ -830,7 +830,7 @@ def test_the_metric_ends_with_its_step():
     loop = Loop(model, noise(preconditioned=True, schedule=2), optimizer=optimizer)
     for _ in range(2):
         loop.step([draws(8, P)])
-        assert loop.monitor._run.preconditioner is None
+        assert loop.monitor._step is None
 
 
 # -- gradients that are not their examples' sum ----------------------------------------------------
@@ -863,7 +863,11 @@ def test_a_head_tied_by_hand_is_left_out_and_stays_out():
     assert len(loop.memory.series("dynamics/noise/trace")) == 3
     assert by_formula(rows, [1] * 6)[0] > 0
     reason = "its gradient is not all from its module's calls (tied by hand, a penalty)"
-    assert loop.monitor._run.unaccounted == {"table.weight": reason, "mix.weight": "", "mix.bias": ""}
+    assert loop.monitor._measurement.memories["chunks"]["unaccounted"] == {
+        "table.weight": reason,
+        "mix.weight": "",
+        "mix.bias": "",
+    }
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -905,10 +909,10 @@ def test_what_could_not_be_judged_is_looked_at_again():
     model = Gated().double()
     loop = Loop(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.5))
     loop.step([draws(8, P)])
-    assert "inner.weight" not in loop.monitor._run.unaccounted
+    assert "inner.weight" not in loop.monitor._measurement.memories["chunks"]["unaccounted"]
     loop.step([draws(8, P)])
     assert "skipped: inner.weight" in loop.reading("trace").note
-    assert loop.monitor._run.unaccounted["inner.bias"] == ""
+    assert loop.monitor._measurement.memories["chunks"]["unaccounted"]["inner.bias"] == ""
 
 
 # -- hooks -----------------------------------------------------------------------------------------

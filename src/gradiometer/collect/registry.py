@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import SampleSkippedError, UnsupportedError
 from ..optimizers.updates import displacements, is_decoupled, rebuilds, squared_displacements
 from ..stats.linalg import inner_products, squared_norms
-from .base import Collector, Run
+from .base import Collector, Memory, Step, Training
 from .curvature import CurvatureCollector, StepCurvatureCollector
 from .gradient_parts import (
     AutoSource,
@@ -32,49 +32,51 @@ class UpdateCollector(Collector):
     copy of the weights on sampled steps.
     """
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
+    def __init__(self, training: Training, step: Step, memory: Memory) -> None:
+        super().__init__(training, step, memory)
         self._copies: list[list[Tensor]] | None = None
         self._asked = False
+        # one tensor of the shape of each parameter: allocating them anew costs more than filling them
+        self._scratch: dict[Tensor, Tensor] = memory.setdefault("scratch", {})
 
     def before_step(self) -> None:
         """Copy the weights where the update cannot be rebuilt."""
         self._asked = True
-        if not rebuilds(self.run.optimizer):
-            self._copies = [self._copy(group["params"]) for group in self.run.optimizer.param_groups]
+        if not rebuilds(self.training.optimizer):
+            self._copies = [self._copy(group["params"]) for group in self.training.optimizer.param_groups]
 
     def _copy(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The weights of a group, in the scratch tensors."""
         trained = _trained(parameters)
         for parameter in trained:
-            if parameter not in self.run.scratch:
-                self.run.scratch[parameter] = torch.empty_like(parameter, requires_grad=False)
-        copies = [self.run.scratch[parameter] for parameter in trained]
+            if parameter not in self._scratch:
+                self._scratch[parameter] = torch.empty_like(parameter, requires_grad=False)
+        copies = [self._scratch[parameter] for parameter in trained]
         if copies:
             torch._foreach_copy_(copies, [parameter.detach() for parameter in trained])
         return copies
 
     def result(self) -> Update:
         """Squared displacement, and its inner product with the buffer for Nesterov."""
-        if isinstance(self.run.optimizer, torch.optim.LBFGS):
+        if isinstance(self.training.optimizer, torch.optim.LBFGS):
             raise UnsupportedError(
                 "LBFGS moves the weights several times in a step, and only the last move is seen",
                 fix="Use the other observables.",
             )
-        if not self._asked and not rebuilds(self.run.optimizer):
+        if not self._asked and not rebuilds(self.training.optimizer):
             raise _weights_not_seen()
         squares, dots = [], []
-        for g, group in enumerate(self.run.optimizer.param_groups):
-            reduce = self.run.sections.reduce
+        for g, group in enumerate(self.training.optimizer.param_groups):
+            reduce = self.step.sections.reduce
             if self._copies is None:
-                rows = squared_displacements(self.run.optimizer, group, self.run.scratch)
+                rows = squared_displacements(self.training.optimizer, group, self._scratch)
                 squares.append(reduce(group["params"], rows))
             else:
                 trained, moved = _trained(group["params"]), self._copies[g]
                 if moved:
                     torch._foreach_sub_(moved, [p.detach() for p in trained])
-                squares.append(self.run.sections.sums(squared_norms, trained, moved))
-            if is_sgd(self.run.optimizer) and group["nesterov"]:
+                squares.append(self.step.sections.sums(squared_norms, trained, moved))
+            if is_sgd(self.training.optimizer) and group["nesterov"]:
                 dots.append(self._along_buffer(g, group))
         return Update(_added(squares), _added(dots) if dots else None)
 
@@ -84,41 +86,41 @@ class UpdateCollector(Collector):
         if self._copies is not None:
             moved = self._copies[index]
         else:
-            every = displacements(self.run.optimizer, group)
+            every = displacements(self.training.optimizer, group)
             moved = [u for u, p in zip(every, group["params"], strict=True) if p.grad is not None]
-        buffers = _velocities(self.run.optimizer, trained)
-        return self.run.sections.sums(inner_products, trained, moved, buffers)
+        buffers = _velocities(self.training.optimizer, trained)
+        return self.step.sections.sums(inner_products, trained, moved, buffers)
 
 
 class WorkCollector(Collector):
     """Inner products with the weights before the step; copies them, so for verification only."""
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
+    def __init__(self, training: Training, step: Step, memory: Memory) -> None:
+        super().__init__(training, step, memory)
         self._copies: list[list[Tensor]] | None = None
 
     def before_step(self) -> None:
         """Copy the weights."""
-        self._copies = [_copies(group["params"]) for group in self.run.optimizer.param_groups]
+        self._copies = [_copies(group["params"]) for group in self.training.optimizer.param_groups]
 
     def result(self) -> Work:
         """Both inner products, in float64 throughout."""
         if self._copies is None:
             raise _weights_not_seen()
-        sections = self.run.sections
+        sections = self.step.sections
         gradient, displacement = [], []
-        for old, group in zip(self._copies, self.run.optimizer.param_groups, strict=True):
+        for old, group in zip(self._copies, self.training.optimizer.param_groups, strict=True):
             trained = _trained(group["params"])
             old64 = [tensor.double() for tensor in old]
             after = [p.detach() for p in trained]
             moved = [(a - b).double() for a, b in zip(old, after, strict=True)]
             displacement.append(sections.sums(inner_products, trained, old64, moved))
-            if is_sgd(self.run.optimizer) and group["nesterov"]:  # d = g + mu b
+            if is_sgd(self.training.optimizer) and group["nesterov"]:  # d = g + mu b
                 lr, momentum = float(group["lr"]), group["momentum"]
-                velocities = _velocities(self.run.optimizer, trained)
+                velocities = _velocities(self.training.optimizer, trained)
                 used = [d / lr - momentum * b.double() for d, b in zip(moved, velocities, strict=True)]
                 gradient.append(sections.sums(inner_products, trained, old64, used))
-            elif is_sgd(self.run.optimizer):
+            elif is_sgd(self.training.optimizer):
                 sign = -1.0 if group["maximize"] else 1.0
                 used = [  # in this order, since a gradient may be sparse
                     group["weight_decay"] * before + sign * _gradient(p).double()
@@ -135,30 +137,38 @@ class WeightCollector(Collector):
 
     def result(self) -> Weights:
         """Both, by section."""
-        return self._of([p.detach() for p in self.run.sections.parameters])
+        return self._of([p.detach() for p in self.step.sections.parameters])
 
     def _of(self, weights: list[Tensor]) -> Weights:
-        sections = self.run.sections
+        sections = self.step.sections
         parameters = sections.parameters  # idle ones count too
         squares = sections.sums(squared_norms, parameters, weights)
-        held = [(p, w, _buffer(self.run.optimizer, p)) for p, w in zip(parameters, weights, strict=True)]
+        held = [(p, w, _buffer(self.training.optimizer, p)) for p, w in zip(parameters, weights, strict=True)]
         moving = [(p, w, b) for p, w, b in held if b is not None]
         dots = squares * 0
         if moving:
             dots = sections.sums(inner_products, *map(list, zip(*moving, strict=True)))
-        updates = torch.tensor(self.run.updates, dtype=torch.float64)
-        return Weights(squares, dots, updates, self.run.drifts)
+        updates = torch.tensor(self.step.updates, dtype=torch.float64)
+        return Weights(squares, dots, updates, self.step.drifts)
 
 
 class CentredWeightCollector(WeightCollector):
     """The same for the weights less what they were at the window's first record."""
 
+    saved: ClassVar[frozenset[str]] = frozenset({"centre"})
+    of_window: ClassVar[bool] = True
+
     def result(self) -> Weights:
         """Both, by section; 0 where the window begins."""
-        for parameter in self.run.sections.parameters:
-            if parameter not in self.run.centre:
-                self.run.centre[parameter] = parameter.detach().clone()
-        return self._of([p.detach() - self.run.centre[p] for p in self.run.sections.parameters])
+        centre: dict[int, Tensor] = self.memory.setdefault("centre", {})
+        position = {parameter: i for i, parameter in enumerate(self.training.parameters())}
+        moved = []
+        for parameter in self.step.sections.parameters:
+            weights, i = parameter.detach(), position[parameter]
+            if i not in centre:
+                centre[i] = weights.clone()
+            moved.append(weights - centre[i].to(weights.device))
+        return self._of(moved)
 
 
 class StepFactorCollector(Collector):
@@ -166,7 +176,7 @@ class StepFactorCollector(Collector):
 
     def result(self) -> dict[str, float | Tensor]:
         """By parameter name."""
-        optimizer = self.run.optimizer
+        optimizer = self.training.optimizer
         adaptive = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
         if not adaptive and not is_sgd(optimizer):
             raise UnsupportedError(
@@ -174,7 +184,7 @@ class StepFactorCollector(Collector):
                 got=type(optimizer).__name__,
                 fix="Leave LearningRateLimit out; write NeuralTangentKernel(preconditioned=False).",
             )
-        names = {id(p): name for name, p in self.run.model.named_parameters() if p.requires_grad}
+        names = {id(p): name for name, p in self.training.model.named_parameters() if p.requires_grad}
         reference = float(optimizer.param_groups[0]["lr"])
         if reference == 0.0:
             raise SampleSkippedError(
@@ -201,16 +211,19 @@ class ParameterStepCollector(Collector):
 
     def result(self) -> dict[str, ParameterStep]:
         """By parameter name."""
-        optimizer = self.run.optimizer
+        optimizer = self.training.optimizer
         if any(group["maximize"] for group in optimizer.param_groups if "maximize" in group):
             raise UnsupportedError(
                 "a stable learning rate is known where the optimizer minimises",
                 got="maximize=True",
                 fix="Leave maximize=True out, and train on the negative of the objective.",
             )
-        names = {id(p): name for name, p in self.run.model.named_parameters()}
-        reference, multiple = float(optimizer.param_groups[0]["lr"]), self.run.loss_multiple
-        factors = StepFactorCollector(self.run).result()
+        names = {id(p): name for name, p in self.training.model.named_parameters()}
+        reference, multiple = (
+            float(optimizer.param_groups[0]["lr"]),
+            self.step.loss_multiple(self.training.loss_reduction),
+        )
+        factors = StepFactorCollector(self.training, self.step, self.memory).result()
         steps = {name: ParameterStep(rate=0.0) for name in factors}
         for group in optimizer.param_groups:
             decay = float(group["weight_decay"])
