@@ -49,9 +49,14 @@ class CostLedger:
             step: The step it happened at.
             seconds: Host time.
         """
-        self._costs.setdefault(name, deque(maxlen=_KEPT)).append(seconds)
-        if name in self._last and step > self._last[name]:
-            self._gaps.setdefault(name, deque(maxlen=8)).append(step - self._last[name])
+        last = self._last.get(name)
+        if last is None:
+            self._costs[name] = deque(maxlen=_KEPT)
+        elif step > last:
+            if name not in self._gaps:
+                self._gaps[name] = deque(maxlen=8)
+            self._gaps[name].append(step - last)
+        self._costs[name].append(seconds)
         self._last[name] = step
 
     def step_done(self, user_seconds: float, own_seconds: float) -> None:

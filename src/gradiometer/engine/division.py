@@ -44,6 +44,7 @@ class Division:
     def divide(self) -> None:
         """Read the groups, and divide the parameters anew."""
         self.read_settings()
+        self._sizes = [len(group["params"]) for group in self._optimizer.param_groups]
         names = [group.name for group in self.groups]
         invariant = self.invariant or ()
         self.sections = Sections(
@@ -58,17 +59,20 @@ class Division:
         """Names of the parameter groups at this moment."""
         return [group.name for group in group_settings(self._optimizer)]
 
-    def follow(self, probe: Probe | None) -> bool:
+    def follow(self, probe: Probe | None, *, thorough: bool) -> bool:
         """Keep the sections right at a step on which something is measured.
 
         Args:
             probe: Tells scale-invariant weights apart; ``None`` where nothing due asks for that.
+            thorough: Whether to look at every parameter, as is done where something is recorded; between
+                records only new parameters are noticed, not ones that are trained again.
 
         Returns:
             Whether other parameters are read together from now on.
         """
         looked = self.invariant is not None or probe is None
-        if looked and self.sections.cover(self._optimizer):
+        sizes = [len(group["params"]) for group in self._optimizer.param_groups]
+        if looked and (self.sections.cover(self._optimizer) if thorough else sizes == self._sizes):
             return False
         if probe is not None:
             self.invariant = self._find_invariant(probe)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from time import perf_counter
-from typing import Any, Literal
+from typing import Literal, ParamSpec, TypeVar
 
 from ..errors import MeasurementWarning
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Guard:
@@ -15,7 +20,6 @@ class Guard:
 
     Args:
         on_error: ``"warn"`` contains errors; ``"raise"`` lets them through, for tests.
-        step: Names the step under way, for messages.
     """
 
     def __init__(self, on_error: Literal["warn", "raise"]) -> None:
@@ -23,14 +27,6 @@ class Guard:
         self.seconds = 0.0
         """Host time of our own work since the beginning of this step."""
         self._said: set[str] = set()
-
-    def timed(self, moment: str) -> Stretch:
-        """Count the time of our own work, and contain its errors.
-
-        Args:
-            moment: When it is done, for the warning: "measuring failed <moment>".
-        """
-        return Stretch(self, moment)
 
     def warn(self, message: str, key: str | None = None, kind: type[Warning] = MeasurementWarning) -> None:
         """Say a thing once; where warnings are errors it is logged, since the run must go on.
@@ -49,21 +45,32 @@ class Guard:
             logging.getLogger(__name__).warning(message)
 
 
-class Stretch:
-    """A stretch of our own work inside the user's loop: a context."""
+def contained(moment: str) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
+    """Mark a method of our own work inside the user's loop: timed, and its errors contained.
 
-    __slots__ = ("_before", "_began", "_guard", "_moment")
+    Such methods do not call each other, so that no time counts twice. A decorator, since a context made at
+    each call would be an object on every step.
 
-    def __init__(self, guard: Guard, moment: str) -> None:
-        self._guard, self._moment = guard, moment
+    Args:
+        moment: When it is called, for the warning: "measuring failed <moment>".
+    """
 
-    def __enter__(self) -> None:
-        self._before, self._began = self._guard.seconds, perf_counter()
+    def mark(method: Callable[P, T]) -> Callable[P, T | None]:
+        @wraps(method)
+        def inside(*arguments: P.args, **options: P.kwargs) -> T | None:
+            guard: Guard = arguments[0].guard  # type: ignore[attr-defined]
+            began = perf_counter()
+            try:
+                return method(*arguments, **options)
+            except Exception as error:
+                if not guard.contains:
+                    raise
+                text = f"{type(error).__name__}: {error}"
+                guard.warn(f"measuring failed {moment}: {text}. Training goes on.")
+                return None
+            finally:
+                guard.seconds += perf_counter() - began
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        guard = self._guard
-        guard.seconds = self._before + perf_counter() - self._began  # right where calls nest
-        if not isinstance(error, Exception) or not guard.contains:
-            return False
-        guard.warn(f"measuring failed {self._moment}: {type(error).__name__}: {error}. Training goes on.")
-        return True
+        return inside
+
+    return mark

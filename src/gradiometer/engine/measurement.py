@@ -26,7 +26,7 @@ from .output import Output
 from .probe import first_examples, saved_probe
 from .ranks import Ranks
 from .steering import Steering
-from .step import StepUnderWay, Taking
+from .step import EARLY, StepUnderWay, Taking
 
 
 class Measurement:
@@ -79,6 +79,11 @@ class Measurement:
         self._updates = self._micro_batches_before = 0
         self._idle = StepUnderWay(0, self.division.sections)
 
+    @property
+    def met(self) -> bool:
+        """Whether nothing more is needed of a first batch."""
+        return self.ranks.together is not None and self.probe is not None
+
     def meet(self, step: int, x: Any, y: Tensor | None, probe_size: int) -> None:
         """What the first batch is needed for: processes agree, and the probe is taken.
 
@@ -121,7 +126,8 @@ class Measurement:
     def _divide(self, takings: Sequence[Taking]) -> None:
         """Keep the sections of parameters right."""
         divided = self.instruments.affected(takings, "parameters")
-        if self.division.follow(self.probe if divided else None):
+        thorough = any(taking.recording for taking in takings)
+        if self.division.follow(self.probe if divided else None, thorough=thorough):
             self.restart("parameters")
 
     def restart(self, reason: str) -> None:
@@ -166,6 +172,19 @@ class Measurement:
             loss_fn=self.training.loss_fn,
             **fields,
         )
+
+    def look_at_gradient(self, step: StepUnderWay) -> None:
+        """Evaluate what needs no update: the weights are still those of this batch's loss.
+
+        Args:
+            step: The step under way.
+        """
+        with self.steering.rates_in_force():
+            step.before_step()
+            early = [taking for taking in step.takings if taking.needs <= EARLY]
+            if early:
+                self.division.read_settings()
+                self.evaluate(step, early)
 
     def update_made(self, step: StepUnderWay | None) -> None:
         """Count the update; begin windows anew where it was made under other settings.

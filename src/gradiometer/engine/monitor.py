@@ -28,10 +28,10 @@ from ..record.readings import Decision, Reading
 from ..record.table import table
 from .checks import check_run, check_settings
 from .cost import CostLedger
-from .guard import Guard
+from .guard import Guard, contained
 from .measurement import Measurement
 from .probe import given_probe
-from .step import EARLY, StepUnderWay
+from .step import StepUnderWay
 
 STATE_VERSION = 4
 _OLDER = {3: "0.1.0"}
@@ -115,13 +115,13 @@ class Monitor:
         self.step = 0
         self.dataset_size = dataset_size
         self._probe_size = probe_size
-        self._guard = Guard(on_error)
+        self.guard = Guard(on_error)
         self._measurement = Measurement(
             Training(model, optimizer, loss_reduction, loss_fn),
             with_needed(observables, wanted, controllers),
             controllers,
             recorders,
-            self._guard,
+            self.guard,
             forward=forward or matrix_forward,
             probe=None if probe is None else given_probe(model, forward or matrix_forward, probe),
             dataset_size=dataset_size,
@@ -145,18 +145,22 @@ class Monitor:
         """
         return _MicroBatch(self, x, y)
 
+    @contained("starting a micro-batch")
     def begin_micro_batch(self, x: Any, y: Tensor | None = None) -> None:
         """As entering :meth:`micro_batch`, for loops made of callbacks."""
-        with self._guard.timed("starting a micro-batch"):
-            if self._step is not None and self._step.ready:
-                self._abandon_step()
+        step = self._step
+        if step is not None and step.ready:
+            self._abandon_step()
+            step = None
+        if not self._measurement.met:
             self._measurement.meet(self.step, x, y, self._probe_size)
-            step = self._step or self._begin_step()
-            size = examples(x)
-            step.sizes.append(size)
-            if step.takings:
-                step.batch = x, y
-                step.enter(size)
+        if step is None:
+            step = self._begin_step()
+        size = examples(x)
+        step.sizes.append(size)
+        if step.takings:
+            step.batch = x, y
+            step.enter(size)
 
     def begin_batch(self, batch: Any, input_key: str | None = None, target_key: str | None = None) -> None:
         """As :meth:`begin_micro_batch`, with a whole batch: a pair, or a mapping with these keys.
@@ -166,15 +170,23 @@ class Monitor:
             input_key: Key of the inputs in a mapping.
             target_key: Key of the targets in a mapping.
         """
-        with self._guard.timed("reading the batch"):
-            x, y = split_batch(batch, input_key, target_key)
-            self.begin_micro_batch(x, y)
+        pair = self._split(batch, input_key, target_key)
+        if pair is not None:
+            self.begin_micro_batch(*pair)
+
+    @contained("reading the batch")
+    def _split(self, batch: Any, input_key: str | None, target_key: str | None) -> tuple[Any, Tensor | None]:
+        return split_batch(batch, input_key, target_key)
 
     def end_micro_batch(self) -> None:
         """As leaving :meth:`micro_batch`."""
         if self._step is not None and self._step.takings:
-            with self._guard.timed("ending a micro-batch"):
-                self._step.exit()
+            self._leave()
+
+    @contained("ending a micro-batch")
+    def _leave(self) -> None:
+        if self._step is not None:
+            self._step.exit()
 
     def before_step(
         self, *, grad_scale: float = 1.0, loss_scale: float | None = None, loss_divisor: float | None = None
@@ -191,55 +203,53 @@ class Monitor:
         step = self._step
         if step is not None and not step.takings:
             step.ready = True
-            return
-        with self._guard.timed("before the step"), self._measurement.steering.rates_in_force():
-            if step is None:
-                step = self._begin_step()
-            step.ready = True
-            step.grad_scale = grad_scale
-            step.loss_scale = grad_scale if loss_scale is None else loss_scale
-            step.loss_divisor = loss_divisor
-            step.before_step()
-            early = [taking for taking in step.takings if taking.needs <= EARLY]
-            if early:
-                self._measurement.division.read_settings()
-                self._measurement.evaluate(step, early)
+        else:
+            self._look_at_gradient(grad_scale, grad_scale if loss_scale is None else loss_scale, loss_divisor)
+
+    @contained("before the step")
+    def _look_at_gradient(self, grad_scale: float, loss_scale: float, loss_divisor: float | None) -> None:
+        """Measure what is there before the update."""
+        step = self._step or self._begin_step()
+        step.ready = True
+        step.grad_scale, step.loss_scale, step.loss_divisor = grad_scale, loss_scale, loss_divisor
+        self._measurement.look_at_gradient(step)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The optimizer's post-step hook: the update has been made."""
         del args, kwargs
         try:
-            self._look_at_update(optimizer)
+            if self._see_update(optimizer) is False:
+                self._abandon_step()
+                return
+            if self._step is None or self._step.takings:
+                self._look_at_update()
         except BaseException:  # under on_error="raise", before the hook that would do it
             self._measurement.steering.restore_rates()
             raise
-
-    def _look_at_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Measure and record, if a step was made."""
-        step = self._step
-        with self._guard.timed("looking at the optimizer"):
-            if not step_was_made(optimizer):  # a fused optimizer is called even where its scaler skips
-                self._abandon_step()
-                return
-            self._measurement.update_made(step)
-        if step is None or step.takings:
-            self._measure_update()
         now, before = perf_counter(), self._step_began
         self._measurement.finish(self._step, None if before is None else now - before)
         self._step, self._step_began = None, now
         self.step += 1
 
-    def _measure_update(self) -> None:
+    @contained("looking at the optimizer")
+    def _see_update(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an update was made: a fused optimizer is called even where its scaler skips."""
+        if not step_was_made(optimizer):
+            return False
+        self._measurement.update_made(self._step)
+        return True
+
+    @contained("after the step")
+    def _look_at_update(self) -> None:
         """Evaluate what needs the update, and record."""
-        with self._guard.timed("after the step"):
-            step = self._step or self._begin_step()
-            if not step.ready and step.takings:
-                self._guard.warn(
-                    "monitor.before_step() was not called before optimizer.step(): what needs the "
-                    "gradient or the weights before the update is left out at such steps, and kernels "
-                    "and Jacobians are those of the weights after it."
-                )
-            self._measurement.look_at_update(step)
+        step = self._step or self._begin_step()
+        if not step.ready and step.takings:
+            self.guard.warn(
+                "monitor.before_step() was not called before optimizer.step(): what needs the "
+                "gradient or the weights before the update is left out at such steps, and kernels "
+                "and Jacobians are those of the weights after it."
+            )
+        self._measurement.look_at_update(step)
 
     def _begin_step(self) -> StepUnderWay:
         """Find out what is due."""

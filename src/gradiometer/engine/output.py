@@ -83,6 +83,14 @@ class Output:
         for recorder in self._recorders:
             finish = getattr(recorder, "close", None)
             if finish is not None:
-                with self._guard.timed(f"closing {type(recorder).__name__}"):
-                    finish()
+                self._finish(recorder, finish)
         self._recorders = []
+
+    def _finish(self, recorder: Any, finish: Callable[[], None]) -> None:
+        try:
+            finish()
+        except Exception as error:
+            if not self._guard.contains:
+                raise
+            what = f"measuring failed closing {type(recorder).__name__}"
+            self._guard.warn(f"{what}: {type(error).__name__}: {error}. Training goes on.")

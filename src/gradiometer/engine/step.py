@@ -67,12 +67,10 @@ class StepUnderWay(Step):
             training: What is being trained.
             memories: What the collectors of each field keep from step to step.
         """
-        needed = {need for taking in self.takings for need in taking.needs}
-        for name in COLLECTORS:
-            if name in needed:
-                made = self._attempt(name, COLLECTORS[name], training, self, memories[name])
-                if made is not None:
-                    self._collectors[name] = made
+        for name in sorted({need for taking in self.takings for need in taking.needs} & COLLECTORS.keys()):
+            made = self._attempt(name, COLLECTORS[name], training, self, memories[name])
+            if made is not None:
+                self._collectors[name] = made
 
     @property
     def metric(self) -> Any:
