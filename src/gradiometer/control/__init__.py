@@ -6,6 +6,7 @@ from .jacobian_regularizer import JacobianRegularizer
 from .learning_rate import EquilibriumLR
 from .panel import ControlPanel
 from .sampler import GrowingBatchSampler
+from .stop_when_settled import StopWhenSettled
 
 __all__ = [
     "ControlPanel",
@@ -15,6 +16,7 @@ __all__ = [
     "GrowingBatchSampler",
     "JacobianRegularizer",
     "NoiseScaleBatchSize",
+    "StopWhenSettled",
     "View",
     "check_controllers",
     "with_needed",

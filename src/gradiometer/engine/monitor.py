@@ -296,6 +296,12 @@ class Monitor:
         panel = self._measurement.steering.panel
         return None if panel is None else panel.accumulation
 
+    @property
+    def should_stop(self) -> bool:
+        """Whether a controller has asked for the run to end; the loop decides what becomes of it."""
+        panel = self._measurement.steering.panel
+        return panel is not None and panel.should_stop
+
     def close(self) -> None:
         """Remove the hooks and close the recorders; may be called twice."""
         self._handle.remove()

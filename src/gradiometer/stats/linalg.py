@@ -42,7 +42,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     dtype = None
     if not kinds.isdisjoint(_HALF):
         dtype = torch.float64 if torch.float64 in kinds else torch.float32
-    norms = torch._foreach_norm(tensors, 2.0, dtype)
+    norms = torch._foreach_norm(list(tensors), 2.0, dtype)
     if norms[0].is_cpu:  # nobody waits for a device there, and plain numbers are faster than small tensors
         lengths = [norm.item() for norm in norms]
         return torch.tensor([length * length for length in lengths], dtype=torch.float64)
