@@ -14,6 +14,14 @@ from ..errors import InputError
 from ..observables import Observable
 from ..record.readings import Decision, Reading
 
+__all__ = [
+    "Controller",
+    "Effect",
+    "View",
+    "check_controllers",
+    "with_needed",
+]
+
 State = dict[str, Any]
 """A controller's memory: strings, numbers, lists and dictionaries, as a checkpoint takes them."""
 

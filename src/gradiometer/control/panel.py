@@ -21,6 +21,10 @@ from ..record.readings import Decision, Quantity
 from .base import Controller, Effect, State, View
 from .rates import Rates
 
+__all__ = [
+    "ControlPanel",
+]
+
 GROUP = "control"
 QUANTITIES: Mapping[str, Quantity] = {
     "learning_rate": Quantity("1", "Learning rate in force, of the first parameter group or the one named."),

@@ -14,6 +14,12 @@ from ..record.readings import Quantity
 from ..stats.estimators import Estimator, Last, Reference
 from .schedules import Schedule, as_schedule
 
+__all__ = [
+    "Estimate",
+    "Numbers",
+    "Observable",
+]
+
 Numbers = Mapping[str, Any]
 
 

@@ -25,6 +25,12 @@ from .base import Estimate, Numbers, Observable
 from .neural_tangent_kernel import checked_weights
 from .schedules import Schedule
 
+__all__ = [
+    "LearningRateLimit",
+    "stability_limit",
+    "suggest_learning_rate",
+]
+
 
 def stability_limit(momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> float:
     r"""Learning rate times curvature at which ``torch.optim.SGD`` becomes unstable.

@@ -25,6 +25,13 @@ from ..stats.estimators import Estimator, HalfRun, Reference
 from .base import Estimate, Numbers, Observable
 from .curvature_noise import curvature_of_noise
 
+__all__ = [
+    "SecondFluctuationDissipation",
+    "harmonicity",
+    "second_fluctuation_dissipation",
+    "shuffling_factor",
+]
+
 Array = npt.NDArray[np.float64]
 
 
