@@ -216,6 +216,8 @@ NEEDS = {
     "chunks": r"monitor\.micro_batch\(x, y\) around each forward and backward",
     "curvature": r"Monitor\(loss_fn=\.\.\.\)",
     "step_curvature": r"Monitor\(loss_fn=\.\.\.\)",
+    "gradient": r"monitor\.before_step\(\) before",
+    "previous_gradient": r"monitor\.before_step\(\) before",
     "update": r"monitor\.before_step\(\) before the optimizer's step",
     "weights": r"the optimizer's step itself",
     "parameter_steps": r"the optimizer's step itself",

@@ -110,6 +110,8 @@ class Collector(ABC):
     saved: ClassVar[frozenset[str]] = frozenset()
     """The parts of its memory that readings depend on. They go into checkpoints, so they are made of tensors,
     numbers, strings, lists and dictionaries; a tensor may come back on another device."""
+    ahead: ClassVar[bool] = False
+    """Whether it must also run at the step before one at which its field is needed."""
     of_window: ClassVar[bool] = False
     """Whether the memory belongs to a window of steps, and is dropped where windows begin anew."""
 

@@ -14,6 +14,7 @@ from ..optimizers.updates import displacements, is_decoupled, rebuilds, squared_
 from ..stats.linalg import inner_products, squared_norms
 from .base import Collector, Memory, Step, Training
 from .curvature import CurvatureCollector, StepCurvatureCollector
+from .gradient import GradientCollector, PreviousGradientCollector
 from .gradient_parts import (
     AutoSource,
     ExampleSource,
@@ -255,6 +256,8 @@ COLLECTORS: Mapping[str, type[Collector]] = {
     "example_chunks": ExampleSource,
     "norm_layer_chunks": NormLayerSource,
     "split_chunks": SplitSource,
+    "gradient": GradientCollector,
+    "previous_gradient": PreviousGradientCollector,
     "preconditioner": PreconditionerCollector,
     "curvature": CurvatureCollector,
     "step_curvature": StepCurvatureCollector,

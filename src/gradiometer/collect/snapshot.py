@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..autodiff.functional import Forward
 from ..errors import MissingFieldError
+from .gradient import Gradient
 from .sections import Section
 
 _SUPPLIED_BY = {
@@ -23,6 +24,7 @@ _SUPPLIED_BY = {
         ("curvature", "step_curvature"),
         "Monitor(loss_fn=...) and monitor.micro_batch(x, y), then monitor.before_step()",
     ),
+    **dict.fromkeys(("gradient", "previous_gradient"), "monitor.before_step() before the optimizer's step"),
     "update": "monitor.before_step() before the optimizer's step",
     "work": "monitor.before_step() before the optimizer's step",
     "weights": "the optimizer's step itself",
@@ -231,6 +233,8 @@ class Snapshot:
         example_chunks: The same from single examples.
         norm_layer_chunks: The same from single examples as the norm layers see them.
         split_chunks: The same from a batch that was split.
+        gradient: The unclipped gradient of this step.
+        previous_gradient: That of the step before; ``None`` where it was not seen, as at the first step.
         preconditioner: The metric of the optimizer's own steps, before this one.
         curvature: Gradients and Hessians of parts of the batch.
         step_curvature: The same with the steps that the optimizer makes of the parts' gradients.
@@ -266,6 +270,8 @@ class Snapshot:
     example_chunks: Chunks = _UNSET
     norm_layer_chunks: Chunks = _UNSET
     split_chunks: Chunks = _UNSET
+    gradient: Gradient = _UNSET
+    previous_gradient: Gradient | None = _UNSET
     preconditioner: Any = _UNSET
     curvature: Curvature = _UNSET
     step_curvature: Curvature = _UNSET

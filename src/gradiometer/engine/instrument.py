@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..collect.registry import COLLECTORS
 from ..collect.snapshot import Snapshot
 from ..errors import InputError, SampleSkippedError, UnsupportedError
 from ..observables.base import Estimate, Observable
@@ -36,6 +37,8 @@ class Instrument:
         self.observable = observable
         self.estimator = copy.deepcopy(cast("Estimator", observable.estimator))
         self._prefix = prefix
+        needs = observable.required(recording=True) | observable.required(recording=False)
+        self._ahead = frozenset(name for name in needs & COLLECTORS.keys() if COLLECTORS[name].ahead)
         self.stretch = 1
         """Only every so many due steps are measured, to keep a budget."""
         self.seen = 0
@@ -65,9 +68,17 @@ class Instrument:
             self.seen += 1
             if (self.seen - 1) % self.stretch == 0:
                 chosen, recording = True, recording or observable.due(step)
-        if not chosen:
-            return None
-        return Taking(observable.group, recording, observable.required(recording))
+        ahead = self._needed_next(step) if self._ahead else frozenset()
+        if chosen:
+            return Taking(observable.group, recording, observable.required(recording), ahead)
+        if ahead:  # nothing is evaluated at this step
+            return Taking(observable.group, False, frozenset(), ahead, done=True)
+        return None
+
+    def _needed_next(self, step: int) -> frozenset[str]:
+        """Fields whose collectors must run now, if the next step is due."""
+        due = self.observable.samples(step + 1) and self.seen % self.stretch == 0
+        return self._ahead if due else frozenset()
 
     def take(self, taking: Taking, snapshot: Snapshot) -> None:
         """Evaluate the observable.
@@ -77,7 +88,8 @@ class Instrument:
             snapshot: All that the observable may look at.
         """
         statistics = self.observable.statistics(snapshot)
-        taking.sample = {name: value.detach() for name, value in statistics.items()}
+        if statistics is not None:  # else it is not there yet
+            taking.sample = {name: value.detach() for name, value in statistics.items()}
         if taking.recording:
             taking.levels = self.observable.levels(snapshot)
             taking.note = self.observable.note(snapshot)
@@ -90,6 +102,9 @@ class Instrument:
             step: The optimizer step.
             label: Puts a section's name in the place of its index.
         """
+        if taking.sample is None and not self.estimator.pending[0] and not self.estimator.replicates()[0]:
+            self.settled()
+            return []  # not yet
         self.estimator.close(step, taking.levels)
         reference = self.estimator.reference()
         rows, weights = self.estimator.replicates()

@@ -181,7 +181,7 @@ class Measurement:
         """
         with self.steering.rates_in_force():
             step.before_step()
-            early = [taking for taking in step.takings if taking.needs <= EARLY]
+            early = [taking for taking in step.takings if not taking.done and taking.needs <= EARLY]
             if early:
                 self.division.read_settings()
                 self.evaluate(step, early)

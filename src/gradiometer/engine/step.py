@@ -24,11 +24,13 @@ class Taking:
         name: The observable's group.
         recording: Whether it also records.
         needs: The snapshot fields it needs.
+        ahead: Fields whose collectors run for the next step's sake.
     """
 
     name: str
     recording: bool
     needs: frozenset[str]
+    ahead: frozenset[str] = frozenset()
     done: bool = False
     failed: bool = False
     error: Exception | None = None
@@ -67,7 +69,9 @@ class StepUnderWay(Step):
             training: What is being trained.
             memories: What the collectors of each field keep from step to step.
         """
-        for name in sorted({need for taking in self.takings for need in taking.needs} & COLLECTORS.keys()):
+        for name in sorted(
+            {need for taking in self.takings for need in taking.needs | taking.ahead} & COLLECTORS.keys()
+        ):
             made = self._attempt(name, COLLECTORS[name], training, self, memories[name])
             if made is not None:
                 self._collectors[name] = made

@@ -118,8 +118,8 @@ class Observable(ABC):
         """Names of the quantities it reads with its present settings; ``nan`` where it fails."""
         return frozenset(self.quantities)
 
-    def statistics(self, snapshot: Snapshot) -> Mapping[str, Tensor]:
-        """Tensors that are averaged over sampling steps and processes."""
+    def statistics(self, snapshot: Snapshot) -> Mapping[str, Tensor] | None:
+        """Tensors that are averaged over sampling steps and processes; ``None`` while there are none yet."""
         del snapshot
         return {}
 
