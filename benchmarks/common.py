@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, loops, interleaved timing, saved results and the tables of docs/benchmarks.md."""
+"""What the benchmarks share: models, loops, interleaved timing, saved results, the page of their tables."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def saved_results(name: str) -> dict[str, Any]:
 
 
 def keep(name: str, results: dict[str, Any], markdown: Callable[[dict[str, Any]], str]) -> None:
-    """Save what was measured among the rows of earlier runs, and show all of them on the page of benchmarks."""
+    """Save what was measured among the rows of earlier runs, and show all of them on the page."""
     kept = saved_results(name)
     for part, rows in results.items():
         kept.setdefault(part, {}).update(rows)

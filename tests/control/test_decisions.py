@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from gradiometer import (
     Controller,
-    Decision,
     FluctuationDissipation,
     JSONLinesRecorder,
     Mean,
@@ -23,12 +22,12 @@ from gradiometer import (
     Quantity,
     Reading,
     TensorBoardRecorder,
-    read_decisions,
-    read_json_lines,
 )
 from gradiometer.control import Effect, View
 from gradiometer.control.panel import QUANTITIES
 from gradiometer.errors import CostWarning, InputError, MeasurementWarning, UnsupportedError
+from gradiometer.record import read_decisions, read_json_lines
+from gradiometer.record.readings import Decision
 
 
 def decision(step, factor=1.0, **more):
