@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradiometer import GradientNoiseScale, Mean, MemoryRecorder, Monitor
-from gradiometer.collect.gradient_parts import ParameterHooks, Preconditioner
+from gradiometer.collect.gradient_parts import ParameterHooks
 from gradiometer.errors import InputError, MeasurementWarning, SampleSkippedError, UnsupportedError
+from gradiometer.optimizers import family_of
 
 P = 5
 
@@ -787,7 +788,7 @@ def test_other_optimizers_have_no_such_metric(kind):
     with pytest.raises(UnsupportedError, match=message):
         Loop(model, noise(preconditioned=True), optimizer=optimizer).step([draws(8, P)])
     with pytest.raises(UnsupportedError, match=message):
-        Preconditioner(optimizer)
+        family_of(optimizer).metric(optimizer)
 
 
 EXTRAS = [

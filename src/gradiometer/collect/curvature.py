@@ -16,6 +16,7 @@ from .. import parallel
 from ..autodiff.functional import examples
 from ..autodiff.products import SplitCurvature, split_curvature
 from ..errors import SampleSkippedError, UnsupportedError
+from ..optimizers import family_of
 from ..stats.linalg import inner_products
 from .base import Collector, Memory, MomentName, Step, Training, no_micro_batch
 from .snapshot import Curvature
@@ -126,7 +127,7 @@ class StepCurvatureCollector(CurvatureCollector):
     def _moving(self) -> list[Tensor]:
         """All that the optimizer moves, or nothing can be said."""
         optimizer = self.training.optimizer
-        if type(optimizer) is not torch.optim.SGD:
+        if not family_of(optimizer).linear:
             raise UnsupportedError(
                 "the curvature along the optimizer's own steps is known for torch.optim.SGD only",
                 got=type(optimizer).__name__,

@@ -21,6 +21,8 @@ from ..autodiff.functional import examples
 from ..autodiff.products import split_gradients
 from ..autodiff.ride_along import RideAlong, refusal
 from ..errors import SampleSkippedError, UnsupportedError
+from ..optimizers.adam import Preconditioner
+from ..optimizers.base import family_of
 from ..stats.linalg import accumulation_dtype, squared_norms
 from .base import Collector, Memory, MomentName, Step, Training, no_micro_batch
 from .snapshot import Chunks
@@ -34,69 +36,6 @@ NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _ACCUMULATE = "Accumulate over two or more micro-batches (Lightning: accumulate_grad_batches=2)"
 
 
-class Preconditioner:
-    """What Adam multiplies each gradient by: ``1 / (sqrt(v) + eps)`` with the bias of ``v`` corrected.
-
-    It is read before the step, from a ``v`` that knows nothing of this step's batch.
-
-    Args:
-        optimizer: ``Adam`` or ``AdamW``.
-
-    Raises:
-        UnsupportedError: For any other optimizer.
-
-    Example:
-        >>> net = nn.Linear(1, 1, bias=False)
-        >>> adam = torch.optim.Adam(net.parameters(), eps=0.0)
-        >>> Preconditioner(adam).of(net.weight) is None       # no step yet
-        True
-        >>> (4 * net(torch.ones(1, 1))).sum().backward(); adam.step()
-        >>> Preconditioner(adam).of(net.weight)
-        tensor([[0.2500]])
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
-            raise UnsupportedError(
-                "the preconditioned noise scale is known for Adam and AdamW",
-                got=type(optimizer).__name__,
-                fix="Write GradientNoiseScale(preconditioned=False).",
-            )
-        self._state = optimizer.state
-        self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        self._factors: dict[int, Tensor] = {}
-
-    def of(self, parameter: Tensor) -> Tensor | None:
-        """The factor on a parameter's gradient, at least float32; ``None`` before its first step.
-
-        Args:
-            parameter: One of the optimizer's.
-        """
-        state = self._state.get(parameter)
-        if not state:
-            return None
-        if id(parameter) not in self._factors:
-            group = self._groups[id(parameter)]
-            second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-            wide = second.to(torch.promote_types(second.dtype, torch.float32))
-            steps = torch.as_tensor(state["step"])  # on the device for some kinds: nobody waits for it
-            corrected = wide / (1 - group["betas"][1] ** steps.to(accumulation_dtype(steps.device)))
-            factor = corrected.sqrt().add_(group["eps"]).reciprocal_()
-            # an element that never had a gradient has no scale yet, and 1/eps would drown all others
-            self._factors[id(parameter)] = factor.masked_fill_(wide == 0, 0.0)
-        return self._factors[id(parameter)]
-
-    def apply(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """The preconditioned gradient; ``nan`` where it is not known.
-
-        Args:
-            parameter: One of the optimizer's.
-            gradient: Of its shape.
-        """
-        factor = self.of(parameter)
-        return gradient * (torch.nan if factor is None else factor)
-
-
 class PreconditionerCollector(Collector):
     """Makes this step's sources measure in Adam's metric too."""
 
@@ -104,7 +43,7 @@ class PreconditionerCollector(Collector):
 
     def __init__(self, training: Training, step: Step, memory: Memory) -> None:
         super().__init__(training, step, memory)
-        self._own = Preconditioner(training.optimizer)
+        self._own: Preconditioner = family_of(training.optimizer).metric(training.optimizer)
 
     def result(self) -> Preconditioner:
         """The metric itself."""

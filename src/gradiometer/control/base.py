@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from ..collect.sections import Section
-from ..collect.snapshot import GroupSettings
 from ..errors import InputError
 from ..observables import Observable
+from ..optimizers import GroupSettings
 from ..record.readings import Decision, Reading
 
 __all__ = [

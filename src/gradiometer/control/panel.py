@@ -15,8 +15,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from .. import parallel
-from ..collect.snapshot import GroupSettings
 from ..errors import InputError
+from ..optimizers import GroupSettings
 from ..record.readings import Decision, Quantity
 from .base import Controller, Effect, State, View
 from .rates import Rates

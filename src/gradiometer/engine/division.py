@@ -7,9 +7,9 @@ from torch import nn
 
 from ..autodiff.functional import Forward
 from ..autodiff.invariance import scale_invariant_weights
-from ..collect.registry import group_settings
 from ..collect.sections import Sections
 from ..collect.snapshot import Probe
+from ..optimizers import group_settings
 from .guard import Guard
 
 

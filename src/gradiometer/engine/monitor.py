@@ -22,7 +22,7 @@ from ..collect.call import split_batch
 from ..control import Controller, check_controllers, with_needed
 from ..errors import InputError
 from ..observables import Observable, default_observables
-from ..optimizers.updates import step_was_made
+from ..optimizers import step_was_made, unwrapped
 from ..record.base import Recorder
 from ..record.readings import Decision, Reading
 from ..record.table import table
@@ -117,7 +117,7 @@ class Monitor:
         self._probe_size = probe_size
         self.guard = Guard(on_error)
         self._measurement = Measurement(
-            Training(model, optimizer, loss_reduction, loss_fn),
+            Training(model, unwrapped(optimizer), loss_reduction, loss_fn),
             with_needed(observables, wanted, controllers),
             controllers,
             recorders,
@@ -132,7 +132,7 @@ class Monitor:
         )
         self._step: StepUnderWay | None = None
         self._step_began: float | None = None
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._handle = unwrapped(optimizer).register_step_post_hook(self._after_step)
 
     # -- the four moments --------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..collect.snapshot import GroupSettings
+from ..optimizers import GroupSettings
 from ..record.base import Recorder
 from ..record.readings import Reading
 from .crosschecks import disagreements

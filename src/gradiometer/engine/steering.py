@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from .. import parallel
-from ..collect.snapshot import GroupSettings
 from ..control import Controller, ControlPanel, View
 from ..control.panel import GROUP, QUANTITIES
+from ..optimizers import GroupSettings
 from ..record.readings import Decision, Reading, make_key, quantity_of
 from .guard import Guard
 

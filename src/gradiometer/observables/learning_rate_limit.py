@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..autodiff.functional import examples
 from ..autodiff.products import LossFn, as_training
 from ..autodiff.spectrum import TOLERANCE, Curvature, CurvatureKind
-from ..collect.snapshot import ParameterStep, Snapshot
+from ..collect.snapshot import Snapshot
 from ..errors import InputError, SampleSkippedError, UnsupportedError
+from ..optimizers import ParameterStep
 from ..record.readings import Quantity
 from ..stats.estimators import Reference
 from .base import Estimate, Numbers, Observable
