@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, loops, interleaved timing, saved results and the README's tables."""
+"""What the benchmarks share: models, loops, interleaved timing, saved results, the page of their tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gradiometer import Monitor, Observable
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
 @dataclass
@@ -197,17 +197,17 @@ def saved_results(name: str) -> dict[str, Any]:
 
 
 def keep(name: str, results: dict[str, Any], markdown: Callable[[dict[str, Any]], str]) -> None:
-    """Save what was measured among the rows of earlier runs, and show all of them in the README."""
+    """Save what was measured among the rows of earlier runs, and show all of them on the page."""
     kept = saved_results(name)
     for part, rows in results.items():
         kept.setdefault(part, {}).update(rows)
     print(f"\nsaved: {save(name, {'results': kept})}")
-    into_readme(name, markdown(kept))
+    onto_page(name, markdown(kept))
 
 
-def into_readme(mark: str, table: str) -> None:
+def onto_page(mark: str, table: str) -> None:
     """Put the table between its marks."""
-    text = README.read_text()
+    text = PAGE.read_text()
     begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
     before, _, rest = text.partition(begin)
-    README.write_text(before + begin + table + "\n" + end + rest.partition(end)[2])
+    PAGE.write_text(before + begin + table + "\n" + end + rest.partition(end)[2])

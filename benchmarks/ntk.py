@@ -576,7 +576,7 @@ def _norms(norms: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables of the README, of whatever has been measured."""
+    """The tables of docs/benchmarks.md, of whatever has been measured."""
     rows = results.get("kernels", {})
     parts = [
         _against_reference(rows),

@@ -173,7 +173,7 @@ def against(share: float, target: float) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables of the README: one row per model and optimizer."""
+    """The tables of docs/benchmarks.md: one row per model and optimizer."""
     return f"{costs(results)}\n\n{targets(results)}"
 
 

@@ -140,6 +140,8 @@ class DynamicsMonitor(Callback):
         numbers = self.session.new_numbers()  # log() would compute every key again after each batch
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in numbers.items()})
         trainer.progress_bar_metrics.update({key: numbers[key] for key in self._progress_bar & set(numbers)})
+        if self.session.should_stop:
+            trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A checkpoint from here on belongs to the end of an epoch."""

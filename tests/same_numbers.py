@@ -43,6 +43,8 @@ def number(value: Any) -> str:
     if isinstance(value, (int, float)):
         return float(value).hex()
     array = np.ascontiguousarray(value)
+    if np.isnan(array).all():
+        return "nan"
     return f"{array.dtype}{list(array.shape)}:{hashlib.sha256(array.tobytes()).hexdigest()}"
 
 

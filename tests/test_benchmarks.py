@@ -1,4 +1,4 @@
-"""The benchmarks run in their short form, and the README shows the figures of their last saved runs."""
+"""The benchmarks run in their short form, and their page shows the figures of their last saved runs."""
 
 import json
 import os
@@ -34,10 +34,10 @@ def test_overhead_runs_quickly_and_prints_its_table():
 
 
 @pytest.mark.parametrize("name", ["overhead", "schedules", "jacobian_regularizer"])
-def test_readme_shows_the_saved_run(name, monkeypatch):
+def test_the_page_shows_the_saved_run(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     saved = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
-    assert import_module(name).markdown(saved["results"]) in (ROOT / "README.md").read_text()
+    assert import_module(name).markdown(saved["results"]) in (ROOT / "docs" / "benchmarks.md").read_text()
     assert saved["environment"]["torch"].startswith("2.13.0")
 
 
@@ -104,6 +104,6 @@ def test_the_floor_computes_the_kernel(ntk, name, count):
     assert torch.allclose(total.triu(), expected.triu(), rtol=1e-9, atol=1e-9)
 
 
-def test_readme_shows_the_saved_kernels(ntk):
+def test_the_page_shows_the_saved_kernels(ntk):
     saved = json.loads((ROOT / "benchmarks/results/ntk.json").read_text())
-    assert ntk.markdown(saved["results"]) in (ROOT / "README.md").read_text()
+    assert ntk.markdown(saved["results"]) in (ROOT / "docs" / "benchmarks.md").read_text()

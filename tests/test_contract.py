@@ -1,6 +1,7 @@
 """What every observable and every public function promises."""
 
 import dataclasses
+import importlib
 import inspect
 import io
 import math
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import gradiometer
+import gradiometer.observables
 from gradiometer import MemoryRecorder, Monitor, Observable, Snapshot
 from gradiometer.collect.registry import COLLECTORS
 from gradiometer.control.panel import GROUP, QUANTITIES
@@ -24,10 +25,9 @@ ROOT = Path(__file__).parents[1]
 PLACEHOLDER = re.compile(r"TODO|TBD|FIXME|XXX|\.\.\. *$|lorem|placeholder", re.IGNORECASE | re.MULTILINE)
 FUNCTIONS = sorted(
     name
-    for name, where in gradiometer._WHERE.items()
-    if where == "observables"
-    and inspect.isfunction(getattr(gradiometer, name))
-    and name != "default_observables"
+    for name in gradiometer.observables.__all__
+    if inspect.isfunction(getattr(gradiometer.observables, name))
+    and name not in ("as_schedule", "default_observables", "gather")
 )
 
 
@@ -99,7 +99,7 @@ def test_functions_of_the_public_table_are_the_expected_ones():
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_public_functions_are_documented(name):
-    function = getattr(gradiometer, name)
+    function = getattr(gradiometer.observables, name)
     found = sections(function)
     for heading in ("Args", "Returns", "Shapes", "Units", "Raises", "Source", "Example"):
         assert found.get(heading, "").strip(), heading
@@ -108,6 +108,19 @@ def test_public_functions_are_documented(name):
     for parameter in inspect.signature(function).parameters:
         assert re.search(rf"^    {parameter}: \S", found["Args"], re.MULTILINE), parameter
     assert re.search(r"arXiv:\d{4}\.\d{4,5}|JMLR", found["Source"])
+
+
+def test_few_names_stand_at_top_level():
+    assert len(gradiometer.__all__) <= 40
+
+
+@pytest.mark.parametrize("name", sorted(gradiometer._MOVED))
+def test_a_name_that_has_moved_says_where_to(name):
+    with pytest.warns(DeprecationWarning, match=rf"write from gradiometer\.\S+ import {name}$"):
+        thing = getattr(gradiometer, name)
+    home = importlib.import_module(f"gradiometer.{gradiometer._MOVED[name]}")
+    assert thing is getattr(home, name)
+    assert name not in dir(gradiometer)
 
 
 @pytest.mark.parametrize("name", sorted(set(gradiometer.__all__) - {"__version__"}))
@@ -216,6 +229,8 @@ NEEDS = {
     "gradient_parts": r"monitor\.micro_batch\(x, y\) around each forward and backward",
     "curvature": r"Monitor\(loss_fn=\.\.\.\)",
     "step_curvature": r"Monitor\(loss_fn=\.\.\.\)",
+    "gradient": r"monitor\.before_step\(\) before",
+    "previous_gradient": r"monitor\.before_step\(\) before",
     "update": r"monitor\.before_step\(\) before the optimizer's step",
     "weights": r"the optimizer's step itself",
     "parameter_steps": r"the optimizer's step itself",

@@ -1,10 +1,13 @@
 """Gradiometer: see the physics of a training run while it happens.
 
-Names are loaded when they are first used: ``import gradiometer`` imports neither torch nor Lightning.
+Names are loaded when they are first used: ``import gradiometer`` imports neither torch nor Lightning. What
+most scripts use stands here; everything else is in its folder (``gradiometer.observables``,
+``gradiometer.control``, ``gradiometer.record`` ...).
 """
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +15,17 @@ from ._version import __version__
 
 _WHERE = {
     "Controller": "control",
-    "Decision": "record.readings",
     "Ema": "stats.estimators",
     "EquilibriumLR": "control",
     "Estimate": "observables",
-    "Estimator": "stats.estimators",
     "FluctuationDissipation": "observables",
+    "GradientCosine": "observables",
     "GradientNoiseScale": "observables",
     "GrowingBatchSampler": "control",
     "HalfRun": "stats.estimators",
     "JSONLinesRecorder": "record",
     "JacobianNorm": "observables",
     "JacobianRegularizer": "control",
-    "Last": "stats.estimators",
     "LearningRateLimit": "observables",
     "Mean": "stats.estimators",
     "MemoryRecorder": "record",
@@ -33,34 +34,40 @@ _WHERE = {
     "NoiseCurvature": "observables",
     "NoiseScaleBatchSize": "control",
     "Observable": "observables",
-    "Probe": "collect.snapshot",
     "Quantity": "record.readings",
     "Reading": "record.readings",
-    "Recorder": "record",
     "Reference": "stats.estimators",
-    "Sample": "observables",
-    "Schedule": "observables.schedules",
     "SecondFluctuationDissipation": "observables",
     "Snapshot": "collect.snapshot",
+    "StopWhenSettled": "control",
     "TensorBoardRecorder": "record",
     "Window": "stats.estimators",
-    "at": "observables.schedules",
+    "at": "observables",
+    "empirical_ntk": "observables",
+    "every": "observables",
+    "fluctuation_dissipation": "observables",
+    "gradient_noise_scale": "observables",
+    "jacobian_norms": "observables",
+    "kernel_distance": "observables",
+    "log_spaced": "observables",
+    "per_example_grad_norms": "observables",
+    "suggest_learning_rate": "observables",
+}
+
+_MOVED = {
+    "Decision": "record.readings",
+    "Estimator": "stats.estimators",
+    "Last": "stats.estimators",
+    "Probe": "collect.snapshot",
+    "Recorder": "record",
+    "Schedule": "observables",
     "best_step": "observables",
     "curvature_of_noise": "observables.noise_curvature",
     "default_observables": "observables",
-    "empirical_ntk": "observables",
-    "every": "observables.schedules",
-    "fluctuation_dissipation": "observables",
-    "gradient_noise_scale": "observables",
     "harmonicity": "observables",
-    "jacobian_norms": "observables",
     "jacobian_singular_values": "observables",
     "kernel_alignment": "observables",
     "kernel_angle": "observables",
-    "kernel_distance": "observables",
-    "log_spaced": "observables.schedules",
-    "noise_curvature": "observables",
-    "per_example_grad_norms": "observables",
     "projection_stderr": "observables",
     "read_decisions": "record",
     "read_json_lines": "record",
@@ -69,66 +76,45 @@ _WHERE = {
     "sgd_noise_scale": "observables",
     "shuffling_factor": "observables",
     "stability_limit": "observables",
-    "suggest_learning_rate": "observables",
 }
+"""Names that stood here up to version 0.1.0; they go with the next one."""
 
 if TYPE_CHECKING:
-    from .collect.snapshot import Probe as Probe
     from .collect.snapshot import Snapshot as Snapshot
     from .control import Controller as Controller
     from .control import EquilibriumLR as EquilibriumLR
     from .control import GrowingBatchSampler as GrowingBatchSampler
     from .control import JacobianRegularizer as JacobianRegularizer
     from .control import NoiseScaleBatchSize as NoiseScaleBatchSize
+    from .control import StopWhenSettled as StopWhenSettled
     from .engine.monitor import Monitor as Monitor
     from .observables import Estimate as Estimate
     from .observables import FluctuationDissipation as FluctuationDissipation
+    from .observables import GradientCosine as GradientCosine
     from .observables import GradientNoiseScale as GradientNoiseScale
     from .observables import JacobianNorm as JacobianNorm
     from .observables import LearningRateLimit as LearningRateLimit
     from .observables import NeuralTangentKernel as NeuralTangentKernel
     from .observables import NoiseCurvature as NoiseCurvature
     from .observables import Observable as Observable
-    from .observables import Sample as Sample
     from .observables import SecondFluctuationDissipation as SecondFluctuationDissipation
-    from .observables import best_step as best_step
-    from .observables import curvature_of_noise as curvature_of_noise
-    from .observables import default_observables as default_observables
+    from .observables import at as at
     from .observables import empirical_ntk as empirical_ntk
+    from .observables import every as every
     from .observables import fluctuation_dissipation as fluctuation_dissipation
     from .observables import gradient_noise_scale as gradient_noise_scale
-    from .observables import harmonicity as harmonicity
     from .observables import jacobian_norms as jacobian_norms
-    from .observables import jacobian_singular_values as jacobian_singular_values
-    from .observables import kernel_alignment as kernel_alignment
-    from .observables import kernel_angle as kernel_angle
     from .observables import kernel_distance as kernel_distance
-    from .observables import noise_curvature as noise_curvature
+    from .observables import log_spaced as log_spaced
     from .observables import per_example_grad_norms as per_example_grad_norms
-    from .observables import projection_stderr as projection_stderr
-    from .observables import relative_drift as relative_drift
-    from .observables import second_fluctuation_dissipation as second_fluctuation_dissipation
-    from .observables import sgd_noise_scale as sgd_noise_scale
-    from .observables import shuffling_factor as shuffling_factor
-    from .observables import stability_limit as stability_limit
     from .observables import suggest_learning_rate as suggest_learning_rate
-    from .observables.schedules import Schedule as Schedule
-    from .observables.schedules import at as at
-    from .observables.schedules import every as every
-    from .observables.schedules import log_spaced as log_spaced
     from .record import JSONLinesRecorder as JSONLinesRecorder
     from .record import MemoryRecorder as MemoryRecorder
-    from .record import Recorder as Recorder
     from .record import TensorBoardRecorder as TensorBoardRecorder
-    from .record import read_decisions as read_decisions
-    from .record import read_json_lines as read_json_lines
-    from .record.readings import Decision as Decision
     from .record.readings import Quantity as Quantity
     from .record.readings import Reading as Reading
     from .stats.estimators import Ema as Ema
-    from .stats.estimators import Estimator as Estimator
     from .stats.estimators import HalfRun as HalfRun
-    from .stats.estimators import Last as Last
     from .stats.estimators import Mean as Mean
     from .stats.estimators import Reference as Reference
     from .stats.estimators import Window as Window
@@ -137,6 +123,14 @@ __all__ = ["__version__", *_WHERE]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MOVED:
+        home = f"{__name__}.{_MOVED[name]}"
+        warnings.warn(
+            f"gradiometer.{name} has moved: write from {home} import {name}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(import_module(home), name)
     if name not in _WHERE:
         raise AttributeError(f"module 'gradiometer' has no attribute {name!r}")
     return getattr(import_module(f".{_WHERE[name]}", __name__), name)

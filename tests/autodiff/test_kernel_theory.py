@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
-from gradiometer import empirical_ntk, relative_drift
+from gradiometer import empirical_ntk
+from gradiometer.observables import relative_drift
 
 from ..zoo import ENTRIES, Entry, batch, build, build_entry, call, draws, error, jacobian, kernel, normal
 

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Tenso
 
 from gradiometer import (
     Controller,
-    Decision,
     EquilibriumLR,
     GrowingBatchSampler,
     NoiseScaleBatchSize,
@@ -26,6 +25,7 @@ from gradiometer import (
 from gradiometer.callbacks import DynamicsMonitor
 from gradiometer.control import Effect
 from gradiometer.errors import InputError, MeasurementWarning
+from gradiometer.record.readings import Decision
 
 BATCH, EXAMPLES = 8, 80
 GENERATOR = torch.Generator().manual_seed(3)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from gradiometer import MemoryRecorder, Monitor, NoiseCurvature, Observable, SecondFluctuationDissipation
-from gradiometer.collect.base import Run
+from gradiometer.collect.base import Step, Training
 from gradiometer.collect.registry import COLLECTORS
 from gradiometer.collect.sections import Sections
 from gradiometer.errors import MeasurementWarning, SampleSkippedError, UnsupportedError
@@ -191,12 +191,12 @@ def test_everything_is_on_the_scale_of_the_mean_loss(reduction, accumulation, di
 def test_the_share_of_the_noise_in_unequal_micro_batches_and_on_several_processes(monkeypatch):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    run = Run(model, optimizer, Sections(model, optimizer, ["0"]), sizes=[2, 6])
-    collector = COLLECTORS["curvature"](run)
+    step = Step(0, Sections(model, optimizer, ["0"]), sizes=[2, 6])
+    collector = COLLECTORS["curvature"](Training(model, optimizer), step, {})
     assert collector._noise_share() == pytest.approx((1 / 2 + 1 / 6) / 4)
     monkeypatch.setattr("gradiometer.parallel.world_size", lambda: 3)
     assert collector._noise_share() == pytest.approx((1 / 2 + 1 / 6) / 12)
-    run.loss_reduction = "sum"
+    collector = COLLECTORS["curvature"](Training(model, optimizer, "sum"), step, {})
     assert collector._noise_share() == pytest.approx(1 / 24)
 
 
@@ -210,11 +210,8 @@ def collected(name, *, model=None, optimizer=None, loss_fn=F.cross_entropy, size
     ((batch,),) = batches(1, size=size)
     if backward:
         F.cross_entropy(model(batch[0]), batch[1]).backward()
-    run = Run(
-        model, optimizer, Sections(model, optimizer, ["0"]), loss_fn=loss_fn, sizes=[size], recording=True
-    )
-    run.batch = batch
-    collector = COLLECTORS[name](run)
+    step = Step(0, Sections(model, optimizer, ["0"]), sizes=[size], recording=True, batch=batch)
+    collector = COLLECTORS[name](Training(model, optimizer, loss_fn=loss_fn), step, {})
     collector.before_step()
     return collector.result()
 
@@ -232,11 +229,11 @@ def test_what_cannot_be_measured_is_refused_with_the_reason(name):
     with pytest.raises(SampleSkippedError, match="not finite"):
         collected(name, model=broken)
     model = network()
-    run = Run(model, torch.optim.SGD(model.parameters()), None, loss_fn=F.cross_entropy)
+    training = Training(model, torch.optim.SGD(model.parameters()), loss_fn=F.cross_entropy)
     with pytest.raises(SampleSkippedError, match="no micro-batch was seen"):
-        COLLECTORS[name](run).before_step()
+        COLLECTORS[name](training, Step(0, None), {}).before_step()
     with pytest.raises(SampleSkippedError, match=r"Call monitor\.before_step"):
-        COLLECTORS[name](run).result()
+        COLLECTORS[name](training, Step(0, None), {}).result()
 
 
 def test_between_records_what_is_not_finite_does_not_count():
@@ -245,9 +242,8 @@ def test_between_records_what_is_not_finite_does_not_count():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ((batch,),) = batches(1)
     F.cross_entropy(model(batch[0]), batch[1]).backward()
-    run = Run(model, optimizer, Sections(model, optimizer, ["0"]), loss_fn=F.cross_entropy, sizes=[7])
-    run.batch = batch
-    collector = COLLECTORS["curvature"](run)
+    step = Step(0, Sections(model, optimizer, ["0"]), sizes=[7], batch=batch)
+    collector = COLLECTORS["curvature"](Training(model, optimizer, loss_fn=F.cross_entropy), step, {})
     collector.before_step()
     found = collector.result()
     assert found.weight == 0

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradiometer import GradientNoiseScale, Mean, MemoryRecorder, Monitor
-from gradiometer.collect.gradient_parts import ParameterHooks, Preconditioner
+from gradiometer.collect.gradient_parts import ParameterHooks
 from gradiometer.errors import InputError, MeasurementWarning, SampleSkippedError, UnsupportedError
+from gradiometer.optimizers import family_of
 
 P = 5
 
@@ -787,7 +788,7 @@ def test_other_optimizers_have_no_such_metric(kind):
     with pytest.raises(UnsupportedError, match=message):
         Loop(model, noise(preconditioned=True), optimizer=optimizer).step([draws(8, P)])
     with pytest.raises(UnsupportedError, match=message):
-        Preconditioner(optimizer)
+        family_of(optimizer).metric(optimizer)
 
 
 EXTRAS = [
@@ -830,7 +831,7 @@ def test_the_metric_ends_with_its_step():
     loop = Loop(model, noise(preconditioned=True, schedule=2), optimizer=optimizer)
     for _ in range(2):
         loop.step([draws(8, P)])
-        assert loop.monitor._run.preconditioner is None
+        assert loop.monitor._step is None
 
 
 # -- gradients that are not their examples' sum ----------------------------------------------------
@@ -863,7 +864,11 @@ def test_a_head_tied_by_hand_is_left_out_and_stays_out():
     assert len(loop.memory.series("dynamics/noise/trace")) == 3
     assert by_formula(rows, [1] * 6)[0] > 0
     reason = "its gradient is not all from its module's calls (tied by hand, a penalty)"
-    assert loop.monitor._run.unaccounted == {"table.weight": reason, "mix.weight": "", "mix.bias": ""}
+    assert loop.monitor._measurement.memories["gradient_parts"]["unaccounted"] == {
+        "table.weight": reason,
+        "mix.weight": "",
+        "mix.bias": "",
+    }
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -905,10 +910,10 @@ def test_what_could_not_be_judged_is_looked_at_again():
     model = Gated().double()
     loop = Loop(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.5))
     loop.step([draws(8, P)])
-    assert "inner.weight" not in loop.monitor._run.unaccounted
+    assert "inner.weight" not in loop.monitor._measurement.memories["gradient_parts"]["unaccounted"]
     loop.step([draws(8, P)])
     assert "skipped: inner.weight" in loop.reading("trace").note
-    assert loop.monitor._run.unaccounted["inner.bias"] == ""
+    assert loop.monitor._measurement.memories["gradient_parts"]["unaccounted"]["inner.bias"] == ""
 
 
 # -- hooks -----------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import gradiometer.parallel
 from gradiometer import (
     Controller,
-    Decision,
     EquilibriumLR,
     GradientNoiseScale,
     GrowingBatchSampler,
@@ -27,6 +26,7 @@ from gradiometer import (
     Quantity,
 )
 from gradiometer.control import Effect
+from gradiometer.record.readings import Decision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from gradiometer import (
     Controller,
-    Decision,
     FluctuationDissipation,
     JSONLinesRecorder,
     Mean,
@@ -23,12 +22,12 @@ from gradiometer import (
     Quantity,
     Reading,
     TensorBoardRecorder,
-    read_decisions,
-    read_json_lines,
 )
 from gradiometer.control import Effect, View
 from gradiometer.control.panel import QUANTITIES
 from gradiometer.errors import CostWarning, InputError, MeasurementWarning, UnsupportedError
+from gradiometer.record import read_decisions, read_json_lines
+from gradiometer.record.readings import Decision
 
 
 def decision(step, factor=1.0, **more):
@@ -195,7 +194,7 @@ def test_a_checkpoint_without_the_controller_is_told():
     real = Monitor(*network(), [], controllers=[EverySecond()])
     with pytest.warns(MeasurementWarning, match="was a dry run in the checkpoint, and acts now"):
         real.load_state_dict(unchanged.state_dict())
-    assert real._panel.rates.factors == [1.0, 1.0]  # nothing that was only said is done
+    assert real._measurement.steering.panel.rates.factors == [1.0, 1.0]  # nothing that was only said is done
     Monitor(*network(), [Clock(schedule=1)]).load_state_dict(unchanged.state_dict())
 
 
@@ -310,8 +309,8 @@ def test_a_controller_whose_reading_is_retired_is_named():
 def test_what_feeds_a_controller_is_exempt_from_the_budget():
     monitor = Monitor(*network(), [], controllers=[EverySecond()], budget=1e-9)
     train(monitor, 30)
-    (slot,) = monitor._slots
-    assert slot.stretch == 1
+    instrument = monitor._measurement.instruments["clock"]
+    assert instrument.stretch == 1
     with pytest.warns(CostWarning, match="clock is measured half as often"):
         train(Monitor(*network(), [Clock(schedule=1)], budget=1e-9), 30)
 
@@ -341,7 +340,7 @@ def test_a_change_begins_windows_anew_also_where_the_run_stops_right_after_it():
     train(second, 9)
     for key in ("dynamics/fdr/right", "dynamics/fdr/ratio"):
         assert second.latest[key].value == whole.latest[key].value
-    assert whole._slots[0].estimator.reference().path_steps.tolist() == [4, 6, 8, 10]
+    assert whole._measurement.instruments["fdr"].estimator.reference().path_steps.tolist() == [4, 6, 8, 10]
 
 
 def test_the_controller_in_the_documents_runs():
@@ -387,7 +386,7 @@ def test_a_memory_that_cannot_be_carried_out_is_refused(way):
     monitor = Monitor(*network(), [], controllers=[Odd(way=way)], recorders=[memory])
     with pytest.warns(MeasurementWarning, match="the memory of Odd cannot be carried out"):
         train(monitor, 5)
-    assert not any(factor != 1.0 for factor in monitor._panel.rates.factors)
+    assert not any(factor != 1.0 for factor in monitor._measurement.steering.panel.rates.factors)
     assert not any(decision.wanted for decision in monitor.decisions)
     assert [step for step, _ in memory.records] == list(range(5))  # readings go on
     with pytest.raises(InputError, match="cannot be carried out"):
@@ -422,7 +421,7 @@ def test_the_latest_changes_and_refusals_are_kept():
     assert [one.step for one in kept if one.wanted] == list(range(220, 620, 2))
     assert [one.step for one in kept if not one.wanted] == list(range(221, 620, 2))
     assert [one.step for one in kept] == sorted(one.step for one in kept)
-    assert monitor._panel.changes == 309
+    assert monitor._measurement.steering.panel.changes == 309
 
 
 def test_a_controller_may_look_at_what_is_not_there():

@@ -235,12 +235,11 @@ def tiny(decay=0.01):
 
 
 def test_its_observable_is_added_or_takes_the_place_of_the_default():
-    groups = [slot.name for slot in Monitor(*tiny(), [], controllers=[EquilibriumLR()])._slots]
-    assert groups == ["fdr"]
+    alone = Monitor(*tiny(), [], controllers=[EquilibriumLR()])._measurement.instruments
+    assert [observable.group for observable in alone.observables] == ["fdr"]
     loose = Monitor(*tiny(), controllers=[EquilibriumLR(tolerance=0.2)])
-    (slot,) = [slot for slot in loose._slots if slot.name == "fdr"]
-    assert slot.observable.tolerance == 0.2
-    assert len(loose._slots) == 4
+    assert loose._measurement.instruments["fdr"].observable.tolerance == 0.2
+    assert len(loose._measurement.instruments.observables) == 4
 
 
 def test_an_observable_that_decides_otherwise_is_refused():

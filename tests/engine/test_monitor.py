@@ -201,11 +201,11 @@ def test_nothing_is_gathered_where_nothing_is_due_and_nothing_twice(monkeypatch)
     made = []
 
     class Counting(AutoSource):
-        def __init__(self, run):
-            made.append(run.updates)
-            super().__init__(run)
+        def __init__(self, training, step, memory):
+            made.append(step.updates)
+            super().__init__(training, step, memory)
 
-    monkeypatch.setitem(gradiometer.engine.monitor.COLLECTORS, "gradient_parts", Counting)
+    monkeypatch.setitem(gradiometer.collect.registry.COLLECTORS, "gradient_parts", Counting)
     Seen.shown.clear()
     memory = loop([GradientNoiseScale(schedule=2), Seen(schedule=4)], steps=7)
     assert made == [0, 2, 4, 6]
@@ -721,7 +721,7 @@ def test_a_later_state_is_refused():
     with Monitor(model, sgd(model)) as monitor:
         state = monitor.state_dict()
         state["version"] += 1
-        with pytest.raises(InputError, match="monitor states of version 3, got 4"):
+        with pytest.raises(InputError, match="monitor states of version 4, got 5"):
             monitor.load_state_dict(state)
 
 

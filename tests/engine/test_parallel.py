@@ -21,8 +21,8 @@ from gradiometer import (
     Monitor,
     NeuralTangentKernel,
     parallel,
-    read_json_lines,
 )
+from gradiometer.record import read_json_lines
 
 WORKER = Path(__file__).parent / "parallel_worker.py"
 

@@ -14,11 +14,11 @@ from gradiometer import (
     Monitor,
     Snapshot,
     empirical_ntk,
-    stability_limit,
     suggest_learning_rate,
 )
 from gradiometer.collect.snapshot import GroupSettings, ParameterStep, Probe
 from gradiometer.errors import InputError, MeasurementWarning, UnsupportedError
+from gradiometer.observables import stability_limit
 
 SETTINGS = [
     ((0.0, 0.0, False), 2.0),

@@ -4,15 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradiometer import (
-    MemoryRecorder,
-    Monitor,
-    NeuralTangentKernel,
-    empirical_ntk,
-    every,
-    projection_stderr,
-)
+from gradiometer import MemoryRecorder, Monitor, NeuralTangentKernel, empirical_ntk, every
 from gradiometer.errors import InputError, MeasurementWarning
+from gradiometer.observables import projection_stderr
 
 
 def network():

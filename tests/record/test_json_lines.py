@@ -4,8 +4,9 @@ import math
 import numpy as np
 import pytest
 
-from gradiometer import JSONLinesRecorder, Reading, read_json_lines
+from gradiometer import JSONLinesRecorder, Reading
 from gradiometer.errors import InputError
+from gradiometer.record import read_json_lines
 from gradiometer.record.readings import RECORD_FORMAT, RECORD_FORMAT_VERSION
 
 

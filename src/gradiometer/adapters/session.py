@@ -135,6 +135,11 @@ class Session:
         """Micro-batches to accumulate from the next step on; ``None`` where no controller has asked."""
         return None if self.monitor is None else self.monitor.accumulation
 
+    @property
+    def should_stop(self) -> bool:
+        """Whether a controller has asked for the run to end."""
+        return self.monitor is not None and self.monitor.should_stop
+
     def begin(self, batch: Any, *, step: int, index: int) -> None:
         """A micro-batch begins.
 

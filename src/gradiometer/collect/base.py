@@ -1,7 +1,8 @@
 """How a collector works: it gathers one snapshot field on one optimizer step.
 
 A collector is made for one optimizer step on which its field is needed, and thrown away after it. It may
-hook the model during the user's own forward and backward.
+hook the model during the user's own forward and backward. It is given three things and writes into the last
+one only: what is being trained, what is known of the step under way, and its own memory.
 """
 
 from __future__ import annotations
@@ -20,79 +21,109 @@ from .sections import Sections
 MomentName = Literal["before_step", "after_step"]
 LossFunction = Callable[[Any, Any], Tensor]
 """Maps outputs and targets of a batch to its loss."""
+Memory = dict[str, Any]
+"""What the collectors of one field keep from step to step."""
 
 
-@dataclass
-class Run:
-    """What collectors may look at.
+@dataclass(frozen=True)
+class Training:
+    """What is being trained; the same at every step.
 
     Args:
         model: The model being trained.
         optimizer: Its optimizer.
-        sections: Which parameters are read together.
         loss_reduction: ``"mean"`` or ``"sum"`` over the examples of a micro-batch.
         loss_fn: Maps outputs and targets to the loss, where it is known.
-        micro_batches_before: Micro-batches of the step before this one, 0 when unknown.
-        loss_divisor: What the loss of each micro-batch was divided by; unknown when ``None``.
-        loss_scale: Factor on the loss during the backward pass.
-        grad_scale: Factor still in ``.grad`` at ``before_step``.
-        sizes: Examples of each micro-batch of this step so far.
-        batch: Inputs and targets of the latest micro-batch.
-        recording: Whether anything is recorded at this step; only then may a collector wait for the device.
-        updates: Optimizer steps seen so far.
-        drifts: Steps so far at which a learning rate moved.
-        centre: Weights at the window's first record, where they are asked for.
-        scratch: One tensor of the shape of each parameter, kept between steps: allocating them anew costs
-            more than filling them.
-        preconditioner: The optimizer's own metric, where norms in it are asked for at this step.
-        unaccounted: Why a parameter's gradient is more than the sum of its examples', or nothing where it
-            is that sum; by name, for parameters whose gradient has been looked at.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    sections: Sections
     loss_reduction: str = "mean"
     loss_fn: LossFunction | None = None
+
+    def parameters(self) -> list[Tensor]:
+        """What the optimizer holds, in its own order, which checkpoints keep."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+@dataclass
+class Step:
+    """What is known of the step under way; the engine fills it in, and collectors read it.
+
+    Args:
+        number: The optimizer step under which this batch's loss is logged.
+        sections: Which parameters are read together.
+        micro_batches_before: Micro-batches of the step before this one, 0 when unknown.
+        updates: Optimizer steps seen so far; this one is counted once it has been made.
+        drifts: Steps so far at which a learning rate moved.
+        recording: Whether anything is recorded at this step; only then may a collector wait for the device.
+        sizes: Examples of each micro-batch of this step so far.
+        batch: Inputs and targets of the latest micro-batch.
+        loss_divisor: What the loss of each micro-batch was divided by; unknown when ``None``.
+        loss_scale: Factor on the loss during the backward pass.
+        grad_scale: Factor still in ``.grad`` at ``before_step``.
+    """
+
+    number: int
+    sections: Sections
     micro_batches_before: int = 0
+    updates: int = 0
+    drifts: int = 0
+    recording: bool = False
+    sizes: list[int] = field(default_factory=list)
+    batch: tuple[Any, Any] | None = None
     loss_divisor: float | None = None
     loss_scale: float = 1.0
     grad_scale: float = 1.0
-    sizes: list[int] = field(default_factory=list)
-    batch: tuple[Any, Any] | None = None
-    recording: bool = False
-    updates: int = 0
-    drifts: int = 0
-    centre: dict[Tensor, Tensor] = field(default_factory=dict)
-    scratch: dict[Tensor, Tensor] = field(default_factory=dict)
-    preconditioner: Any = None
-    unaccounted: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def loss_multiple(self) -> float:
-        """How often the step's gradient holds that of the mean loss."""
-        mean = self.loss_reduction == "mean"
+    def loss_multiple(self, loss_reduction: str) -> float:
+        """How often the step's gradient holds that of the mean loss.
+
+        Args:
+            loss_reduction: ``"mean"`` or ``"sum"`` over the examples of a micro-batch.
+        """
+        mean = loss_reduction == "mean"
         if mean and self.loss_divisor is None:
             return 1.0
         if not self.sizes:
             raise no_micro_batch()
         return (len(self.sizes) if mean else sum(self.sizes)) / (self.loss_divisor or 1)
 
+    @property
+    def metric(self) -> Any:
+        """The optimizer's own metric before this step, where norms in it are asked for; else ``None``."""
+        return None
+
 
 class Collector(ABC):
-    """Supplies one snapshot field on one step."""
+    """Supplies one snapshot field on one step.
+
+    Args:
+        training: What is being trained.
+        step: The step under way.
+        memory: What this field's collectors keep from step to step; empty at the beginning.
+    """
 
     moment: ClassVar[MomentName] = "after_step"
     stages: ClassVar[frozenset[str]] = frozenset()
     """The stages that do something; the others need not be called."""
+    saved: ClassVar[frozenset[str]] = frozenset()
+    """The parts of its memory that readings depend on. They go into checkpoints, so they are made of tensors,
+    numbers, strings, lists and dictionaries; a tensor may come back on another device."""
+    ahead: ClassVar[bool] = False
+    """Whether it must also run at the step before one at which its field is needed."""
+    of_window: ClassVar[bool] = False
+    """Whether the memory belongs to a window of steps, and is dropped where windows begin anew."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         named = ("enter", "exit", "before_step", "close")
         cls.stages = frozenset(name for name in named if getattr(cls, name) is not getattr(Collector, name))
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, training: Training, step: Step, memory: Memory) -> None:
+        self.training = training
+        self.step = step
+        self.memory = memory
         self.seconds_in_hooks = 0.0
 
     def enter(self, size: int) -> None:  # noqa: B027 - most collectors need no hook here

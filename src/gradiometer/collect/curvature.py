@@ -16,8 +16,9 @@ from .. import parallel
 from ..autodiff.functional import examples
 from ..autodiff.products import SplitCurvature, split_curvature
 from ..errors import SampleSkippedError, UnsupportedError
+from ..optimizers import family_of
 from ..stats.linalg import inner_products
-from .base import Collector, MomentName, Run, no_micro_batch
+from .base import Collector, Memory, MomentName, Step, Training, no_micro_batch
 from .snapshot import Curvature
 
 
@@ -30,20 +31,20 @@ class CurvatureCollector(Collector):
     moment: ClassVar[MomentName] = "before_step"
     parts: ClassVar[int] = 3
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
+    def __init__(self, training: Training, step: Step, memory: Memory) -> None:
+        super().__init__(training, step, memory)
         self._curvature: Curvature | None = None
 
     def before_step(self) -> None:
         """Make the passes while the weights are those of this batch's loss."""
-        if self.run.loss_fn is None:
+        if self.training.loss_fn is None:
             raise UnsupportedError(
                 "curvature can only be measured where the loss is known",
                 fix="Pass loss_fn=, which maps outputs and targets to the loss.",
             )
-        if self.run.batch is None:
+        if self.step.batch is None:
             raise no_micro_batch()
-        size = examples(self.run.batch[0])
+        size = examples(self.step.batch[0])
         if size < self.parts:
             raise SampleSkippedError(
                 f"curvature needs a micro-batch of {self.parts} or more examples",
@@ -57,8 +58,8 @@ class CurvatureCollector(Collector):
 
     def _moving(self) -> list[Tensor]:
         """The model's parameters that this step moves."""
-        moved = {id(parameter) for parameter in _moved(self.run.optimizer)}
-        return [p for p in self.run.model.parameters() if p.requires_grad and id(p) in moved]
+        moved = {id(parameter) for parameter in _moved(self.training.optimizer)}
+        return [p for p in self.training.model.parameters() if p.requires_grad and id(p) in moved]
 
     def _measure(self, parameters: list[Tensor]) -> Curvature:
         """The parts' gradients themselves."""
@@ -68,22 +69,22 @@ class CurvatureCollector(Collector):
     def _split(
         self, parameters: list[Tensor], step: Callable[[list[Tensor]], list[Tensor]] | None = None
     ) -> SplitCurvature:
-        assert self.run.batch is not None
-        assert self.run.loss_fn is not None
+        assert self.step.batch is not None
+        assert self.training.loss_fn is not None
         return split_curvature(
-            self.run.model,
-            self.run.loss_fn,
-            *self.run.batch,
+            self.training.model,
+            self.training.loss_fn,
+            *self.step.batch,
             self.parts,
             parameters=parameters,
-            loss_reduction=self.run.loss_reduction,
+            loss_reduction=self.training.loss_reduction,
             step=step,
         )
 
     def _finite(self, gram: Tensor, step_gram: Tensor, forms: Tensor, sizes: Tensor) -> Curvature:
         """A snapshot's form, without what is not finite."""
         finite = gram.isfinite().all() & step_gram.isfinite().all() & forms.isfinite().all()
-        if self.run.recording and not bool(finite):  # else nobody waits for the device
+        if self.step.recording and not bool(finite):  # else nobody waits for the device
             raise SampleSkippedError("gradient or curvature is not finite at this step")
         return Curvature(
             gram=torch.where(finite, gram, 0.0),
@@ -96,8 +97,8 @@ class CurvatureCollector(Collector):
 
     def _noise_share(self) -> float:
         """Variance of the gradient that makes the step over that of one example."""
-        sizes = self.run.sizes
-        if self.run.loss_reduction == "sum":
+        sizes = self.step.sizes
+        if self.training.loss_reduction == "sum":
             return 1 / (sum(sizes) * parallel.world_size())
         return sum(1 / size for size in sizes) / (len(sizes) ** 2 * parallel.world_size())
 
@@ -125,8 +126,8 @@ class StepCurvatureCollector(CurvatureCollector):
 
     def _moving(self) -> list[Tensor]:
         """All that the optimizer moves, or nothing can be said."""
-        optimizer = self.run.optimizer
-        if type(optimizer) is not torch.optim.SGD:
+        optimizer = self.training.optimizer
+        if not family_of(optimizer).linear:
             raise UnsupportedError(
                 "the curvature along the optimizer's own steps is known for torch.optim.SGD only",
                 got=type(optimizer).__name__,
@@ -148,7 +149,7 @@ class StepCurvatureCollector(CurvatureCollector):
 
     def _measure(self, parameters: list[Tensor]) -> Curvature:
         """The parts' steps, with the L2 term added to gradients and Hessians."""
-        groups = {id(p): group for group in self.run.optimizer.param_groups for p in group["params"]}
+        groups = {id(p): group for group in self.training.optimizer.param_groups for p in group["params"]}
         settings = [self._settings(parameter, groups[id(parameter)]) for parameter in parameters]
         decays = [setting.decay for setting in settings]
         fresh = [setting.fresh for setting in settings]
@@ -177,10 +178,10 @@ class StepCurvatureCollector(CurvatureCollector):
     def _settings(self, parameter: Tensor, group: Mapping[str, Any]) -> _Settings:
         """How the optimizer moves a parameter, on the scale of the mean loss."""
         lr, momentum, nesterov = float(group["lr"]), group["momentum"], group["nesterov"]
-        buffer = self.run.optimizer.state.get(parameter, {}).get("momentum_buffer") if momentum else None
+        buffer = self.training.optimizer.state.get(parameter, {}).get("momentum_buffer") if momentum else None
         # torch takes the first gradient as it is for the buffer
         new = 1 + momentum if nesterov else 1.0 if buffer is None else 1 - group["dampening"]
-        scale = self.run.loss_multiple
+        scale = self.step.loss_multiple(self.training.loss_reduction)
         return _Settings(
             fresh=scale * lr * new,
             carried=lr * (momentum**2 if nesterov else momentum),

@@ -21,8 +21,10 @@ from ..autodiff.functional import examples
 from ..autodiff.products import split_gradients
 from ..autodiff.ride_along import RideAlong, refusal
 from ..errors import GradiometerError, SampleSkippedError, UnsupportedError
+from ..optimizers.adam import Preconditioner
+from ..optimizers.base import family_of
 from ..stats.linalg import accumulation_dtype, squared_norms
-from .base import Collector, MomentName, Run, no_micro_batch
+from .base import Collector, Memory, MomentName, Step, Training, no_micro_batch
 from .parameter_hooks import ParameterHooks, entries
 from .snapshot import GradientParts
 
@@ -37,85 +39,18 @@ Refusal: TypeAlias = SampleSkippedError | UnsupportedError
 _ACCUMULATE = "Accumulate over two or more micro-batches (Lightning: accumulate_grad_batches=2)"
 
 
-class Preconditioner:
-    """What Adam multiplies each gradient by: ``1 / (sqrt(v) + eps)`` with the bias of ``v`` corrected.
-
-    It is read before the step, from a ``v`` that knows nothing of this step's batch.
-
-    Args:
-        optimizer: ``Adam`` or ``AdamW``.
-
-    Raises:
-        UnsupportedError: For any other optimizer.
-
-    Example:
-        >>> net = nn.Linear(1, 1, bias=False)
-        >>> adam = torch.optim.Adam(net.parameters(), eps=0.0)
-        >>> Preconditioner(adam).of(net.weight) is None       # no step yet
-        True
-        >>> (4 * net(torch.ones(1, 1))).sum().backward(); adam.step()
-        >>> Preconditioner(adam).of(net.weight)
-        tensor([[0.2500]])
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
-            raise UnsupportedError(
-                "the preconditioned noise scale is known for Adam and AdamW",
-                got=type(optimizer).__name__,
-                fix="Write GradientNoiseScale(preconditioned=False).",
-            )
-        self._state = optimizer.state
-        self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        self._factors: dict[int, Tensor] = {}
-
-    def of(self, parameter: Tensor) -> Tensor | None:
-        """The factor on a parameter's gradient, at least float32; ``None`` before its first step.
-
-        Args:
-            parameter: One of the optimizer's.
-        """
-        state = self._state.get(parameter)
-        if not state:
-            return None
-        if id(parameter) not in self._factors:
-            group = self._groups[id(parameter)]
-            second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-            wide = second.to(torch.promote_types(second.dtype, torch.float32))
-            steps = torch.as_tensor(state["step"])  # on the device for some kinds: nobody waits for it
-            corrected = wide / (1 - group["betas"][1] ** steps.to(accumulation_dtype(steps.device)))
-            factor = corrected.sqrt().add_(group["eps"]).reciprocal_()
-            # an element that never had a gradient has no scale yet, and 1/eps would drown all others
-            self._factors[id(parameter)] = factor.masked_fill_(wide == 0, 0.0)
-        return self._factors[id(parameter)]
-
-    def apply(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """The preconditioned gradient; ``nan`` where it is not known.
-
-        Args:
-            parameter: One of the optimizer's.
-            gradient: Of its shape.
-        """
-        factor = self.of(parameter)
-        return gradient * (torch.nan if factor is None else factor)
-
-
 class PreconditionerCollector(Collector):
     """Makes this step's sources measure in Adam's metric too."""
 
     moment: ClassVar[MomentName] = "before_step"
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
-        run.preconditioner = self._own = Preconditioner(run.optimizer)
-
-    def close(self) -> None:
-        """The next step has another metric."""
-        self.run.preconditioner = None
+    def __init__(self, training: Training, step: Step, memory: Memory) -> None:
+        super().__init__(training, step, memory)
+        self._metric: Preconditioner = family_of(training.optimizer).metric(training.optimizer)
 
     def result(self) -> Preconditioner:
         """The metric itself."""
-        return self._own
+        return self._metric
 
 
 class PartsCollector(Collector):
@@ -123,8 +58,8 @@ class PartsCollector(Collector):
 
     moment: ClassVar[MomentName] = "before_step"
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
+    def __init__(self, training: Training, step: Step, memory: Memory) -> None:
+        super().__init__(training, step, memory)
         self._measured: GradientParts | Refusal | None = None
 
     @abstractmethod
@@ -153,20 +88,20 @@ class _Source(PartsCollector):
     A last axis M holds the plain squared norm and, where it is asked for, that in the optimizer's metric.
     """
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
-        stepped = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    def __init__(self, training: Training, step: Step, memory: Memory) -> None:
+        super().__init__(training, step, memory)
+        stepped = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
         self._trained = {
-            name: p for name, p in run.model.named_parameters() if p.requires_grad and id(p) in stepped
+            name: p for name, p in training.model.named_parameters() if p.requires_grad and id(p) in stepped
         }
-        self._mean = run.loss_reduction == "mean"
+        self._mean = training.loss_reduction == "mean"
 
     @property
     def _divisor(self) -> float:
         """What each micro-batch's loss was divided by; 1 under a summed loss unless it is known."""
-        if self.run.loss_divisor is not None:
-            return self.run.loss_divisor
-        return float(len(self.run.sizes)) if self._mean else 1.0
+        if self.step.loss_divisor is not None:
+            return self.step.loss_divisor
+        return float(len(self.step.sizes)) if self._mean else 1.0
 
     def _parts(
         self,
@@ -181,13 +116,13 @@ class _Source(PartsCollector):
     ) -> GradientParts | Refusal:
         """Put mean gradients of parts ``[k, U, M]`` and of the batch ``[U, M]`` into a snapshot's form."""
         finite = sq_norms.isfinite().all(1).all(0) & batch_sq_norm.isfinite().all(0)
-        if self.run.recording and not bool(finite[0]):  # else nobody waits for the device
+        if self.step.recording and not bool(finite[0]):  # else nobody waits for the device
             return SampleSkippedError("the gradient is not finite at this step")
         shares = torch.full((len(sizes),), 1.0 / len(sizes), dtype=torch.float64)
         if not self._mean:
             shares = sizes.double() / sizes.sum()
         covered = [self._trained[name] for name in names]
-        counts = self.run.sections.reduce(covered, torch.tensor([p.numel() for p in covered]))
+        counts = self.step.sections.reduce(covered, torch.tensor([p.numel() for p in covered]))
         sq_norms, batch_sq_norm = sq_norms.where(finite, 0.0), batch_sq_norm.where(finite, 0.0)
         plain, *preconditioned = [
             GradientParts(
@@ -210,15 +145,15 @@ class _Source(PartsCollector):
         """Squared norm of the mean gradient from ``.grad``, unclipped, ``[U, M]``."""
         covered = [p for p in (self._trained[name] for name in names) if p.grad is not None]
         squares = self._squares(covered, [p.grad for p in covered if p.grad is not None])
-        return squares * (factor / self.run.grad_scale) ** 2
+        return squares * (factor / self.step.grad_scale) ** 2
 
     def _squares(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         """Squared norm of a gradient, ``[U, M]``."""
-        columns = [self.run.sections.sums(squared_norms, parameters, [entries(g) for g in gradients])]
-        if self.run.preconditioner is not None:
+        columns = [self.step.sections.sums(squared_norms, parameters, [entries(g) for g in gradients])]
+        if self.step.metric is not None:
             pairs = zip(parameters, gradients, strict=True)
-            scaled = [self.run.preconditioner.apply(p, g) for p, g in pairs]
-            columns.append(self.run.sections.sums(squared_norms, parameters, scaled))
+            scaled = [self.step.metric.apply(p, g) for p, g in pairs]
+            columns.append(self.step.sections.sums(squared_norms, parameters, scaled))
         return torch.stack(columns, -1)
 
     def _sums(self, norms: dict[str, Tensor]) -> Tensor:
@@ -226,7 +161,7 @@ class _Source(PartsCollector):
         parameters = [self._trained[name] for name in norms]
         kind = accumulation_dtype(parameters[0].device)
         squares = torch.stack([norm.to(kind) for norm in norms.values()]).square()
-        return self.run.sections.reduce(parameters, squares)
+        return self.step.sections.reduce(parameters, squares)
 
 
 class ExampleSource(_Source):
@@ -239,16 +174,18 @@ class ExampleSource(_Source):
     layers: ClassVar[tuple[type[nn.Module], ...] | None] = None
     name: ClassVar[str] = "per example"
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
+    def __init__(self, training: Training, step: Step, memory: Memory) -> None:
+        super().__init__(training, step, memory)
         self._tape: RideAlong | None = None
+        # why a parameter's gradient is more than the sum of its examples', or "" where it is that sum
+        self._unaccounted: dict[str, str] = memory.setdefault("unaccounted", {})
         self._hooks: ParameterHooks | None = None
         self.refusal: str | None = None
         self._wanted = self._trained
         if self.layers is not None:
             of_layers = {
                 id(p)
-                for m in run.model.modules()
+                for m in training.model.modules()
                 if isinstance(m, self.layers)
                 for p in m.parameters(recurse=False)
             }
@@ -256,23 +193,23 @@ class ExampleSource(_Source):
 
     def enter(self, size: int) -> None:
         """Hook the layers in the first micro-batch, and the parameters if more are to come."""
-        if len(self.run.sizes) > 1:
+        if len(self.step.sizes) > 1:
             return
-        self.refusal = refusal(self.run.model)
+        self.refusal = refusal(self.training.model)
         if self.refusal is None and not self._wanted:
             self.refusal = f"the model has none of the layers of source={self.name!r}"
         if self.refusal is not None:
             return
-        reasons, metric = self.run.unaccounted, self.run.preconditioner
+        reasons, metric = self._unaccounted, self.step.metric
         self._tape = RideAlong(
-            self.run.model,
+            self.training.model,
             size,
             [p for name, p in self._wanted.items() if not reasons.get(name)],
             metric=None if metric is None else lambda p: _squared(metric.of(p)),
             check=not self._wanted.keys() <= reasons.keys(),
         )
         self._hooks = ParameterHooks(self._wanted)
-        if self.run.micro_batches_before != 1:
+        if self.step.micro_batches_before != 1:
             self._hooks.attach(metric)
 
     def exit(self) -> None:
@@ -288,7 +225,7 @@ class ExampleSource(_Source):
 
     def measure(self) -> GradientParts | Refusal:
         """Reduce everything while ``.grad`` is still unclipped."""
-        if not self.run.sizes:
+        if not self.step.sizes:
             return no_micro_batch()
         if self._tape is None or self._hooks is None:
             return UnsupportedError(
@@ -302,13 +239,13 @@ class ExampleSource(_Source):
         except (SampleSkippedError, UnsupportedError) as refusal:
             return refusal
         self.seconds_in_hooks += self._tape.seconds + self._hooks.seconds
-        skipped |= {name: reason for name, reason in self.run.unaccounted.items() if reason}
+        skipped |= {name: reason for name, reason in self._unaccounted.items() if reason}
         self._remember(skipped)
-        names, size, divisor = list(by_parameter), self.run.sizes[0], self._divisor
-        scale = divisor / self.run.loss_scale
+        names, size, divisor = list(by_parameter), self.step.sizes[0], self._divisor
+        scale = divisor / self.step.loss_scale
         sq_norms = self._rows(by_parameter) * (scale * (size if self._mean else 1.0)) ** 2
         share = 1.0 if self._mean else 1.0 / size
-        if len(self.run.sizes) == 1:
+        if len(self.step.sizes) == 1:
             batch_sq_norm = self._batch_squares(names, divisor * share)
         else:
             self._hooks.check()
@@ -317,7 +254,7 @@ class ExampleSource(_Source):
             norms = {name: self._hooks.norms[name] for name in names}
             batch_sq_norm = self._sums(norms) * (scale * share) ** 2
         # the gradient of one micro-batch among several is this process's own
-        processes = parallel.world_size() if len(self.run.sizes) == 1 else 1
+        processes = parallel.world_size() if len(self.step.sizes) == 1 else 1
         ones = torch.ones(size, dtype=torch.int64)
         return self._parts(
             self.name, names, sq_norms, ones, batch_sq_norm, processes=processes, skipped=skipped
@@ -327,18 +264,18 @@ class ExampleSource(_Source):
         """Squared norms of the examples, ``[B, U, M]``."""
         assert self._tape is not None
         metrics: list[Mapping[str, Tensor]] = [by_parameter]
-        if self.run.preconditioner is not None:
+        if self.step.metric is not None:
             unknown = torch.full_like(next(iter(by_parameter.values())), torch.nan)
             metrics.append({name: self._tape.weighted.get(name, unknown) for name in by_parameter})
         rows = torch.stack([torch.stack([norms[name] for name in by_parameter]) for norms in metrics], -1)
         parameters = [self._trained[name] for name in by_parameter]
-        return self.run.sections.reduce(parameters, rows.to(accumulation_dtype(rows.device))).transpose(0, 1)
+        return self.step.sections.reduce(parameters, rows.to(accumulation_dtype(rows.device))).transpose(0, 1)
 
     def _remember(self, skipped: Mapping[str, str]) -> None:
         """Which parameters have been looked at; one without any gradient is looked at again."""
         comparison = self._tape.comparison if self._tape is not None else None
         for name in comparison.judged if comparison is not None else ():
-            self.run.unaccounted[name] = skipped.get(name, "")
+            self._unaccounted[name] = skipped.get(name, "")
 
 
 def _squared(factor: Tensor | None) -> Tensor | None:
@@ -355,14 +292,14 @@ class NormLayerSource(ExampleSource):
 class MicroBatchSource(_Source):
     """Micro-batches of gradient accumulation, on every process."""
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
+    def __init__(self, training: Training, step: Step, memory: Memory) -> None:
+        super().__init__(training, step, memory)
         self._hooks = ParameterHooks(self._trained)
         self._micro: list[dict[str, Tensor]] = []
 
     def enter(self, size: int) -> None:
         """Hook the parameters for one backward pass."""
-        self._hooks.attach(self.run.preconditioner)
+        self._hooks.attach(self.step.metric)
 
     def exit(self) -> None:
         """Note what came."""
@@ -375,19 +312,19 @@ class MicroBatchSource(_Source):
 
     def measure(self) -> GradientParts | Refusal:
         """Reduce everything while ``.grad`` is still unclipped."""
-        if not self.run.sizes:
+        if not self.step.sizes:
             return no_micro_batch()
         if not any(p.grad is not None for p in self._trained.values()):
             return SampleSkippedError("no parameter has a gradient at this step")
         self._hooks.check()
         self.seconds_in_hooks += self._hooks.seconds
         # a micro-batch that was given up has no backward pass and is no part of the gradient
-        seen = [(norms, n) for norms, n in zip(self._micro, self.run.sizes, strict=True) if norms]
+        seen = [(norms, n) for norms, n in zip(self._micro, self.step.sizes, strict=True) if norms]
         if len(seen) * parallel.world_size() < 2:
             return SampleSkippedError("fewer than two micro-batches of this step had a backward pass")
-        self.run.sizes = [n if norms else 0 for norms, n in zip(self._micro, self.run.sizes, strict=True)]
+        self.step.sizes = [n if norms else 0 for norms, n in zip(self._micro, self.step.sizes, strict=True)]
         sizes = torch.tensor([n for _, n in seen])
-        factors = torch.full((len(seen),), self._divisor / self.run.loss_scale, dtype=torch.float64)
+        factors = torch.full((len(seen),), self._divisor / self.step.loss_scale, dtype=torch.float64)
         if not self._mean:
             factors /= sizes
         rows = torch.stack([self._sums(norms) for norms, _ in seen])
@@ -417,15 +354,15 @@ class SplitSource(_Source):
 
     def measure(self) -> GradientParts | Refusal:
         """Make the passes; the loss's own reduction is over examples."""
-        if self.run.loss_fn is None:
+        if self.training.loss_fn is None:
             return UnsupportedError(
                 "a batch can only be split where the loss is known",
                 fix="Pass loss_fn=, which maps outputs and targets to the loss.",
             )
-        if self.run.batch is None:
+        if self.step.batch is None:
             return no_micro_batch()
-        x, y = self.run.batch
-        normalised = any(isinstance(m, _BatchNorm) and m.training for m in self.run.model.modules())
+        x, y = self.step.batch
+        normalised = any(isinstance(m, _BatchNorm) and m.training for m in self.training.model.modules())
         least = FEWEST_NORMALISED if normalised else 1
         pieces = min(self.pieces, examples(x) // least)
         if pieces < 2:
@@ -434,7 +371,7 @@ class SplitSource(_Source):
             )
         parameters = list(self._trained.values())
         gradients, counts = split_gradients(
-            self.run.model, self.run.loss_fn, x, y, pieces, parameters=parameters
+            self.training.model, self.training.loss_fn, x, y, pieces, parameters=parameters
         )
         sizes = counts.double()
         factors = torch.ones_like(sizes) if self._mean else 1.0 / sizes
@@ -454,16 +391,16 @@ class AutoSource(PartsCollector):
     A batch is split where the loss is known and single examples are seen of too few parameters.
     """
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
-        self._micro = MicroBatchSource(run)
+    def __init__(self, training: Training, step: Step, memory: Memory) -> None:
+        super().__init__(training, step, memory)
+        self._micro = MicroBatchSource(training, step, memory)
         self._examples: ExampleSource | None = None
 
     def enter(self, size: int) -> None:
         """Hook the parameters; ride along too unless parts of another kind are known to come."""
         self._micro.enter(size)
-        if len(self.run.sizes) == 1 and self.run.micro_batches_before < 2 and parallel.world_size() == 1:
-            self._examples = ExampleSource(self.run)
+        if len(self.step.sizes) == 1 and self.step.micro_batches_before < 2 and parallel.world_size() == 1:
+            self._examples = ExampleSource(self.training, self.step, self.memory)
             self._examples.enter(size)
         elif self._examples is not None:
             self._examples.close()
@@ -483,13 +420,13 @@ class AutoSource(PartsCollector):
         return measured
 
     def _choose(self) -> GradientParts | Refusal:
-        if len(self.run.sizes) > 1 or parallel.world_size() > 1 or not self.run.sizes:
+        if len(self.step.sizes) > 1 or parallel.world_size() > 1 or not self.step.sizes:
             return self._micro.measure()
         if self._examples is None:
             return SampleSkippedError("this step has one micro-batch where the last had several")
         measured = self._examples.measure()
-        if self.run.loss_fn is not None and _covers_too_little(measured):
-            return SplitSource(self.run).measure()
+        if self.training.loss_fn is not None and _covers_too_little(measured):
+            return SplitSource(self.training, self.step, self.memory).measure()
         return measured
 
     def close(self) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..autodiff.functional import Forward
 from ..errors import InputError, MissingFieldError
+from ..optimizers.base import GroupSettings, ParameterStep
+from .gradient import Gradient
 from .sections import Section
 
 _SUPPLIED_BY = {
@@ -23,6 +25,7 @@ _SUPPLIED_BY = {
         ("curvature", "step_curvature"),
         "Monitor(loss_fn=...) and monitor.micro_batch(x, y), then monitor.before_step()",
     ),
+    **dict.fromkeys(("gradient", "previous_gradient"), "monitor.before_step() before the optimizer's step"),
     "update": "monitor.before_step() before the optimizer's step",
     "work": "monitor.before_step() before the optimizer's step",
     "weights": "the optimizer's step itself",
@@ -46,53 +49,6 @@ class Probe:
 
     inputs: Any
     targets: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class GroupSettings:
-    """The optimizer's settings for one parameter group, as they stand at this step.
-
-    Args:
-        name: The group's ``name`` entry, or its index.
-        lr: Learning rate.
-        momentum: Heavy-ball or Nesterov coefficient; 0 where the optimizer has none.
-        dampening: Dampening, 0 without momentum.
-        nesterov: Whether the momentum is Nesterov's.
-        weight_decay: L2 coefficient (SGD) or decoupled decay.
-        is_sgd: Whether the update is exactly that of ``torch.optim.SGD``.
-    """
-
-    name: str
-    lr: float
-    momentum: float
-    dampening: float
-    nesterov: bool
-    weight_decay: float
-    is_sgd: bool
-
-
-@dataclass(frozen=True)
-class ParameterStep:
-    r"""How the optimizer makes a parameter's steps from gradients ``g`` of the mean loss.
-
-    .. math:: b \leftarrow \mu\, b + (1 - \nu)\,(g + \lambda\theta), \qquad
-              \theta \leftarrow (1 - s)\,\theta - r\, b
-
-    Args:
-        rate: r, the learning rate, for Adam over the root of the second moment; entry by entry.
-        momentum: mu; for Adam beta1.
-        dampening: nu; for Adam beta1.
-        nesterov: Whether the momentum is Nesterov's.
-        weight_decay: lambda, the L2 coefficient; 0 where the decay is decoupled.
-        shrinkage: s, learning rate times decoupled decay.
-    """
-
-    rate: float | Tensor
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    shrinkage: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -229,6 +185,8 @@ class Snapshot:
         example_parts: The same from single examples.
         norm_layer_parts: The same from single examples as the norm layers see them.
         split_parts: The same from a batch that was split.
+        gradient: The unclipped gradient of this step.
+        previous_gradient: That of the step before; ``None`` where it was not seen, as at the first step.
         preconditioner: The metric of the optimizer's own steps, before this one.
         curvature: Gradients and Hessians of parts of the batch.
         step_curvature: The same with the steps that the optimizer makes of the parts' gradients.
@@ -265,6 +223,8 @@ class Snapshot:
     example_parts: GradientParts
     norm_layer_parts: GradientParts
     split_parts: GradientParts
+    gradient: Gradient
+    previous_gradient: Gradient | None
     preconditioner: Any
     curvature: Curvature
     step_curvature: Curvature

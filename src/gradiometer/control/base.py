@@ -9,10 +9,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from ..collect.sections import Section
-from ..collect.snapshot import GroupSettings
 from ..errors import InputError
 from ..observables import Observable
+from ..optimizers import GroupSettings
 from ..record.readings import Decision, Reading
+
+__all__ = [
+    "Controller",
+    "Effect",
+    "View",
+    "check_controllers",
+    "with_needed",
+]
 
 State = dict[str, Any]
 """A controller's memory: strings, numbers, lists and dictionaries, as a checkpoint takes them."""
@@ -84,10 +92,13 @@ class Effect(NamedTuple):
     Args:
         factors: Factor on the learning rate by name of parameter group; ``""`` for all of them.
         accumulation: Micro-batches to accumulate in a step; ``None`` to leave that to the script.
+        stop: Whether the run is to end: a plain loop reads ``monitor.should_stop``, the Lightning callback
+            sets ``trainer.should_stop``.
     """
 
     factors: Mapping[str, float]
     accumulation: int | None = None
+    stop: bool = False
 
 
 class Controller(ABC):
@@ -101,7 +112,7 @@ class Controller(ABC):
     """
 
     knobs: ClassVar[Collection[str]] = ()
-    """What it turns: ``"learning_rate"``, ``"batch_size"``."""
+    """What it turns: ``"learning_rate"``, ``"batch_size"``, ``"run"`` (whether it goes on)."""
     dry_run: bool
 
     @abstractmethod

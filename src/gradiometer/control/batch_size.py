@@ -17,6 +17,10 @@ from ..record.readings import Decision
 from .base import Controller, Effect, State, View, check_dry_run, check_number
 from .sampler import GrowingBatchSampler
 
+__all__ = [
+    "NoiseScaleBatchSize",
+]
+
 Coupling = Literal["keep", "optimal", "noise"]
 GROWTH = 2
 """What the batch is multiplied by: one power of two at a time."""

@@ -13,6 +13,10 @@ from ..errors import InputError
 from ..stats.linalg import random_orthonormal_rows
 from .base import check_number
 
+__all__ = [
+    "JacobianRegularizer",
+]
+
 
 @dataclass(frozen=True)
 class JacobianRegularizer:

@@ -16,6 +16,10 @@ from ..observables import FluctuationDissipation, Observable
 from ..record.readings import Decision
 from .base import Controller, Effect, State, View, check_dry_run, check_number
 
+__all__ = [
+    "EquilibriumLR",
+]
+
 Policy = Literal["robust", "yaida", "sasa"]
 FEWEST_STEPS = 200
 """Steps between two checks, at least."""

@@ -15,11 +15,15 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from .. import parallel
-from ..collect.snapshot import GroupSettings
 from ..errors import InputError
+from ..optimizers import GroupSettings
 from ..record.readings import Decision, Quantity
 from .base import Controller, Effect, State, View
 from .rates import Rates
+
+__all__ = [
+    "ControlPanel",
+]
 
 GROUP = "control"
 QUANTITIES: Mapping[str, Quantity] = {
@@ -88,6 +92,11 @@ class ControlPanel:
         """Micro-batches to accumulate from the next step on; ``None`` where that is left to the script."""
         asked = [effect.accumulation for effect in self._effects]
         return next((number for number in asked if number is not None), None)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether a controller has asked for the run to end."""
+        return any(effect.stop for effect in self._effects)
 
     def _effects_of(self, states: Sequence[State]) -> list[Effect]:
         """What memories mean for the run, those of dry runs left out."""
@@ -301,13 +310,15 @@ def _checked(controller: Controller, state: State) -> State:
         and (number is None or (isinstance(number, int) and number >= 1))
         and ("learning_rate" in turns or all(factor == 1.0 for factor in effect.factors.values()))
         and ("batch_size" in turns or number is None)
+        and ("run" in turns or not effect.stop)
     )
     if not right:
         raise InputError(
             f"the memory of {type(controller).__name__} cannot be carried out",
             got=f"{state}, with the effect {effect}, turning {sorted(turns)}",
             fix='It needs a whole number under "next"; factors that are positive and, unless they are 1, '
-            '"learning_rate" among its knobs; micro-batches from 1 on, with "batch_size" among them.',
+            '"learning_rate" among its knobs; micro-batches from 1 on, with "batch_size" among them; '
+            'and a stop with "run".',
         )
     return state
 

@@ -14,6 +14,10 @@ from typing import Any
 
 import torch
 
+__all__ = [
+    "Rates",
+]
+
 Closure = Callable[[], Any]
 
 

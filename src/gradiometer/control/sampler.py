@@ -11,6 +11,10 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from ..errors import InputError
 
+__all__ = [
+    "GrowingBatchSampler",
+]
+
 
 class GrowingBatchSampler(Sampler[list[int]]):
     """Cut the examples of a sampler into batches of a size that may be assigned at any time.

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Collection, Iterable, Mapping
 from statistics import median
 
+from ..record.readings import Quantity, Reading, make_key
+
 _KEPT = 64
+GROUP = "cost"
+QUANTITIES: Mapping[str, Quantity] = {
+    "fraction": Quantity("1", "Time spent measuring over the loop's own time, since the beginning."),
+    "seconds": Quantity("s", "Host time the observables took at this step."),
+}
 
 
 class CostLedger:
@@ -40,9 +49,14 @@ class CostLedger:
             step: The step it happened at.
             seconds: Host time.
         """
-        self._costs.setdefault(name, deque(maxlen=_KEPT)).append(seconds)
-        if name in self._last and step > self._last[name]:
-            self._gaps.setdefault(name, deque(maxlen=8)).append(step - self._last[name])
+        last = self._last.get(name)
+        if last is None:
+            self._costs[name] = deque(maxlen=_KEPT)
+        elif step > last:
+            if name not in self._gaps:
+                self._gaps[name] = deque(maxlen=8)
+            self._gaps[name].append(step - last)
+        self._costs[name].append(seconds)
         self._last[name] = step
 
     def step_done(self, user_seconds: float, own_seconds: float) -> None:
@@ -73,12 +87,44 @@ class CostLedger:
             for name, gaps in self._gaps.items()
         }
 
+    def readings(self, prefix: str, seconds: float) -> list[Reading]:
+        """What measuring costs, as readings.
+
+        Args:
+            prefix: First part of every key.
+            seconds: Host time the observables took at this step.
+        """
+        costs = {"seconds": seconds}
+        fraction = self.fraction()
+        if fraction is not None:
+            costs["fraction"] = fraction
+        return [
+            Reading(make_key(prefix, GROUP, name), value, math.nan, quantity.unit, quantity.sentence)
+            for name, value in costs.items()
+            for quantity in (QUANTITIES[name],)
+        ]
+
+    def dearest(self, budget: float, names: Iterable[str], fixed: Collection[str]) -> int:
+        """Position of the dearest observable where all of them together are above the budget, else -1.
+
+        Args:
+            budget: Largest share of the loop's time.
+            names: The observables' groups, in order.
+            fixed: Those whose cadence is not to be changed.
+        """
+        shares = {name: share for name, share in self.shares().items() if name not in fixed}
+        if sum(shares.values()) <= budget:
+            return -1
+        return list(names).index(max(shares, key=lambda name: shares[name]))
+
     def stretched(self, name: str) -> None:
         """Expect an observable's events at twice the distance from now on.
 
         Args:
             name: The observable's group.
         """
+        if name not in self._gaps:  # on another process it may have had no second event
+            return
         gaps = self._gaps[name]
         self._gaps[name] = deque([round(2 * median(gaps))], maxlen=gaps.maxlen)
 

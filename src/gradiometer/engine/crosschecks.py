@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from ..collect.snapshot import GroupSettings
+from ..optimizers import GroupSettings
 from ..record.readings import Reading
 
 STANDARD_ERRORS = 4.0

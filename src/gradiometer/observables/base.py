@@ -14,6 +14,13 @@ from ..record.readings import Quantity
 from ..stats.estimators import Estimator, Last, Reference
 from .schedules import Schedule, as_schedule
 
+__all__ = [
+    "Estimate",
+    "Numbers",
+    "Observable",
+    "Sample",
+]
+
 Numbers = Mapping[str, Any]
 
 
@@ -56,14 +63,12 @@ class Sample(NamedTuple):
     weight: float | Tensor = 1.0
 
 
-def as_sample(answer: Mapping[str, Tensor] | Sample | None) -> Sample:
-    """What ``statistics`` returned, with its weight; "not yet" is an empty sample of weight 0.
+def as_sample(answer: Mapping[str, Tensor] | Sample) -> Sample:
+    """What ``statistics`` returned, with its weight.
 
     Args:
         answer: Plain statistics count once.
     """
-    if answer is None:
-        return Sample({}, 0.0)
     statistics, weight = answer if isinstance(answer, Sample) else (answer, 1.0)
     return Sample({name: value.detach() for name, value in statistics.items()}, weight)
 
@@ -81,8 +86,8 @@ class Observable(ABC):
     * *This step does not count*: ``statistics`` returns ``Sample(statistics, weight=0)``, and the averages,
       the number of samples and the errors stay as if the step had not been.
     * *Not yet*: ``statistics`` returns ``None`` where it has nothing to go by, such as a step before this
-      one; nothing is added. ``readings`` is not asked while there are neither samples nor levels, and may
-      itself return ``{}`` while there is nothing to read.
+      one; nothing is added. ``readings`` is not asked before the first sample, and may itself return
+      ``{}`` while there is nothing to read.
 
     Args:
         schedule: When a reading is recorded; a number of steps is read as a cadence.

@@ -26,6 +26,12 @@ from ..stats.stationarity import FEWEST_KNOTS, Answer, Floats, end_point_deviati
 from .base import Estimate, Numbers, Observable
 from .schedules import Schedule, every
 
+__all__ = [
+    "FluctuationDissipation",
+    "Relation",
+    "fluctuation_dissipation",
+]
+
 
 class Relation(NamedTuple):
     """Both sides of the relation over a window, in units of the loss."""

@@ -29,6 +29,13 @@ from ..stats.linalg import accumulation_dtype
 from .base import Estimate, Numbers, Observable, Sample
 from .schedules import Schedule
 
+__all__ = [
+    "GradientNoiseScale",
+    "gradient_noise_scale",
+    "per_example_grad_norms",
+    "sgd_noise_scale",
+]
+
 
 def gradient_noise_scale(
     sq_norms: Tensor, sizes: Tensor, batch_sq_norm: Tensor, *, loss_reduction: str = "mean"

@@ -18,6 +18,12 @@ from ..stats.linalg import random_orthonormal_rows
 from .base import Estimate, Numbers, Observable
 from .schedules import Schedule
 
+__all__ = [
+    "JacobianNorm",
+    "jacobian_norms",
+    "jacobian_singular_values",
+]
+
 _EXACT_OUTPUTS = 16
 _KRYLOV_ROUNDS = 10
 _KRYLOV_TOLERANCE = 0.01

@@ -17,13 +17,20 @@ from torch import Tensor, nn
 from ..autodiff.functional import examples
 from ..autodiff.products import LossFn, as_training
 from ..autodiff.spectrum import TOLERANCE, Curvature, CurvatureKind
-from ..collect.snapshot import ParameterStep, Snapshot
+from ..collect.snapshot import Snapshot
 from ..errors import InputError, SampleSkippedError, UnsupportedError
+from ..optimizers import ParameterStep
 from ..record.readings import Quantity
 from ..stats.estimators import Reference
 from .base import Estimate, Numbers, Observable
 from .neural_tangent_kernel import checked_weights
 from .schedules import Schedule
+
+__all__ = [
+    "LearningRateLimit",
+    "stability_limit",
+    "suggest_learning_rate",
+]
 
 
 def stability_limit(momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> float:

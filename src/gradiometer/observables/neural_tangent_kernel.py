@@ -39,6 +39,16 @@ from ..stats.linalg import random_orthonormal_rows
 from .base import Estimate, Numbers, Observable
 from .schedules import Schedule, every, log_spaced
 
+__all__ = [
+    "NeuralTangentKernel",
+    "empirical_ntk",
+    "kernel_alignment",
+    "kernel_angle",
+    "kernel_distance",
+    "projection_stderr",
+    "relative_drift",
+]
+
 _MODES = ("trace", "full", "diagonal")
 _EXACT_OUTPUTS = 16
 _PROJECTIONS = 8

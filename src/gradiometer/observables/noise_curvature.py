@@ -21,6 +21,12 @@ from ..stats.estimators import Estimator, Reference, Window
 from .base import Estimate, Numbers, Observable, Sample
 from .gradient_noise_scale import resolved_scale
 
+__all__ = [
+    "NoiseCurvature",
+    "best_step",
+    "noise_curvature",
+]
+
 
 def noise_curvature(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, Tensor]:
     r"""Unbiased noise and signal from the parts of one batch, plain and weighted with the curvature.

@@ -8,6 +8,15 @@ from dataclasses import dataclass
 
 from ..errors import InputError
 
+__all__ = [
+    "Schedule",
+    "as_schedule",
+    "at",
+    "either",
+    "every",
+    "log_spaced",
+]
+
 
 class Schedule(ABC):
     """A rule that says at which optimizer steps something is due. It has no state."""

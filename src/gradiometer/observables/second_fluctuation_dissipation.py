@@ -25,6 +25,13 @@ from ..stats.estimators import Estimator, HalfRun, Reference
 from .base import Estimate, Numbers, Observable, Sample
 from .noise_curvature import noise_curvature
 
+__all__ = [
+    "SecondFluctuationDissipation",
+    "harmonicity",
+    "second_fluctuation_dissipation",
+    "shuffling_factor",
+]
+
 Array = npt.NDArray[np.float64]
 
 

@@ -1,34 +1,25 @@
-"""Rebuild an optimizer's last update from what it leaves behind, without a copy of the weights before it.
+"""The last update of an optimizer, without a copy of the weights before it.
 
 Right after ``optimizer.step()`` the weights ``theta'``, the optimizer's state and the gradients are in place,
-and the displacement ``u = theta - theta'`` follows from them:
-
-* SGD: ``u = lr b`` with torch's momentum buffer ``b``, which holds the gradient's sign, L2 and dampening.
-  Without momentum, or with Nesterov's, L2 acts on the weights before the step, hence
-  ``u (1 - lr wd) = lr (g + mu b + wd theta')``.
-* Adam, AdamW: ``u = s``, the step of the updated moments, or ``u (1 - lr wd) = s + lr wd theta'`` where the
-  decay is decoupled.
-* RMSprop: ``u = lr b``, or without momentum ``u (a - lr wd) = lr (g + wd theta')`` element by element, where
-  ``a`` is the root of the updated mean square, plus ``eps``.
-
-This is the update before the new weights are rounded; in half precision the rounding is as large as the
-update itself, so such weights are not rebuilt.
+and the displacement ``u = theta - theta'`` follows from them; the formulas stand with their families. This
+is the update before the new weights are rounded; in half precision the rounding is as large as the update
+itself, so such weights are not rebuilt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch import Tensor
+from torch.optim import Optimizer
 
 from ..errors import SampleSkippedError, UnsupportedError
 from ..stats.linalg import accumulation_dtype, squared_norms
+from .base import GroupSettings, Move, Scratch, family_of
 
-SMALLEST_SHRINKAGE = 1e-3
-"""Dividing by less of ``1 - lr wd`` would raise float32 rounding above 1e-4 of the update."""
+__all__ = ["displacements", "group_settings", "rebuilds", "squared_displacements", "step_was_made"]
 
 
 def rebuilds(optimizer: Optimizer) -> bool:
@@ -50,7 +41,8 @@ def rebuilds(optimizer: Optimizer) -> bool:
         >>> rebuilds(AdamW(weights)), rebuilds(torch.optim.Rprop(weights))
         (True, False)
     """
-    return all(_refusal(optimizer, group) is None for group in optimizer.param_groups)
+    family = family_of(optimizer)
+    return all(family.refusal(optimizer, group) is None for group in optimizer.param_groups)
 
 
 def step_was_made(optimizer: Optimizer) -> bool:
@@ -103,7 +95,11 @@ def displacements(optimizer: Optimizer, group: Mapping[str, Any]) -> list[Tensor
 
 
 def squared_displacements(
-    optimizer: Optimizer, group: Mapping[str, Any], scratch: dict[Tensor, Tensor] | None = None
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    scratch: Scratch | None = None,
+    *,
+    checked: bool = False,
 ) -> Tensor:
     """Squared norm of the displacement ``theta_t - theta_{t+1}`` of each parameter.
 
@@ -116,6 +112,7 @@ def squared_displacements(
         group: One of its parameter groups.
         scratch: One tensor of the shape of each parameter, to be kept between calls; missing ones are added
             where they are needed. Allocating them anew, as is done for ``None``, takes longer than the rest.
+        checked: Whether :func:`rebuilds` has said for this step that it can be rebuilt.
 
     Returns:
         One squared norm for each of ``group["params"]``, 0 where a parameter had no gradient.
@@ -138,7 +135,9 @@ def squared_displacements(
     parameters = group["params"]
     trained = _trained(group)
     with torch.no_grad():
-        rates, directions = _move(optimizer, group, trained, {} if scratch is None else scratch)
+        rates, directions = _move(
+            optimizer, group, trained, {} if scratch is None else scratch, checked=checked
+        )
         if not trained:
             device = parameters[0].device if parameters else torch.device("cpu")
             return torch.zeros(len(parameters), dtype=accumulation_dtype(device), device=device)
@@ -151,143 +150,23 @@ def squared_displacements(
         return squares.new_zeros(len(parameters)).masked_scatter_(had_gradient, squares)
 
 
-_Scratch = dict[Tensor, Tensor]
-_Move = tuple[list[float], list[Tensor]]
-"""A number and a tensor for each parameter; the displacement is their product."""
-
-
-def _move(optimizer: Optimizer, group: Mapping[str, Any], trained: list[Tensor], scratch: _Scratch) -> _Move:
-    reason = _refusal(optimizer, group)
+def _move(
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    trained: list[Tensor],
+    scratch: Scratch,
+    *,
+    checked: bool = False,
+) -> Move:
+    family = family_of(optimizer)
+    reason = None if checked else family.refusal(optimizer, group)
     if reason is not None:
         raise UnsupportedError(
             f"the update cannot be rebuilt: {reason}", fix="Copy the weights before the step."
         )
     if not step_was_made(optimizer):
         raise SampleSkippedError("the gradient scaler skipped this step, because a gradient was not finite")
-    return _FORMULAS[type(optimizer)](optimizer, group, trained, scratch)
-
-
-def _sgd(optimizer: Optimizer, group: Mapping[str, Any], trained: list[Tensor], scratch: _Scratch) -> _Move:
-    lr, momentum, decay = float(group["lr"]), group["momentum"], float(group["weight_decay"])
-    if momentum and not group["nesterov"]:
-        return [lr] * len(trained), _states(optimizer, trained, "momentum_buffer")
-    gradients = _gradients(trained)
-    if momentum and _gradient_is_overwritten(group):
-        return [lr] * len(trained), gradients
-    sign = -1.0 if group["maximize"] else 1.0
-    directions = gradients
-    if momentum:
-        buffers = _states(optimizer, trained, "momentum_buffer")
-        directions = [
-            torch.add(g, b, alpha=sign * momentum, out=_room(p, scratch))
-            for p, g, b in zip(trained, gradients, buffers, strict=True)
-        ]
-    if decay:
-        directions = [
-            torch.add(d, p, alpha=sign * decay, out=_room(p, scratch))
-            for p, d in zip(trained, directions, strict=True)
-        ]
-    return [sign * lr / _shrinkage(optimizer, group)] * len(trained), directions
-
-
-def _adam(optimizer: Optimizer, group: Mapping[str, Any], trained: list[Tensor], scratch: _Scratch) -> _Move:
-    lr, decay, eps = float(group["lr"]), float(group["weight_decay"]), group["eps"]
-    beta1, beta2 = (float(beta) for beta in group["betas"])
-    means = _states(optimizer, trained, "exp_avg")
-    squares = _states(optimizer, trained, "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
-    decoupled = decay and is_decoupled(optimizer, group)
-    rates, directions = [], []
-    for parameter, mean, square, step in zip(
-        trained, means, squares, _steps(optimizer, trained), strict=True
-    ):
-        root_correction = (1.0 - beta2**step) ** 0.5
-        factor = root_correction / (1.0 - beta1**step)  # s = lr factor mean / root
-        out = _room(parameter, scratch)
-        root = torch.sqrt(square, out=out).add_(eps * root_correction)
-        if decoupled:
-            directions.append(torch.addcdiv(parameter, mean, root, value=factor / decay, out=out))
-            rates.append(lr * decay / _shrinkage(optimizer, group))
-        else:
-            directions.append(torch.div(mean, root, out=out))
-            rates.append(lr * factor)
-    return rates, directions
-
-
-def _rmsprop(
-    optimizer: Optimizer, group: Mapping[str, Any], trained: list[Tensor], scratch: _Scratch
-) -> _Move:
-    lr, decay = float(group["lr"]), float(group["weight_decay"])
-    if group["momentum"]:
-        return [lr] * len(trained), _states(optimizer, trained, "momentum_buffer")
-    sign = -1.0 if group["maximize"] else 1.0
-    squares = _states(optimizer, trained, "square_avg")
-    means = _states(optimizer, trained, "grad_avg") if group["centered"] else [None] * len(trained)
-    directions = []
-    for parameter, gradient, square, mean in zip(trained, _gradients(trained), squares, means, strict=True):
-        out = _room(parameter, scratch)
-        if mean is None:
-            torch.sqrt(square, out=out)
-        else:
-            torch.addcmul(square, mean, mean, value=-1.0, out=out).sqrt_()
-        out.add_(group["eps"] - lr * decay)
-        if decay:
-            gradient = gradient.add(parameter, alpha=sign * decay)
-        directions.append(torch.div(gradient, out, out=out))
-    return [sign * lr] * len(trained), directions
-
-
-_FORMULAS: Mapping[type[Optimizer], Callable[[Optimizer, Mapping[str, Any], list[Tensor], _Scratch], _Move]]
-_FORMULAS = {SGD: _sgd, Adam: _adam, AdamW: _adam, RMSprop: _rmsprop}
-
-
-def _refusal(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
-    """Why the update of a group cannot be rebuilt; ``None`` when it can."""
-    if type(optimizer) not in _FORMULAS:
-        return f"no formula for {type(optimizer).__name__}"
-    for parameter in group["params"]:
-        if type(parameter) not in (Tensor, nn.Parameter):
-            return f"{type(parameter).__name__} may have arithmetic of its own"
-        if parameter.dtype not in (torch.float32, torch.float64):
-            return f"rounding of {parameter.dtype} weights is as large as their updates"
-        if parameter.grad is not None and parameter.grad.layout != torch.strided:
-            return "a gradient is sparse"
-    if group["differentiable"]:
-        return "differentiable=True"
-    if abs(_shrinkage(optimizer, group)) < SMALLEST_SHRINKAGE:
-        return "lr * weight_decay is 1, so nothing is left of the weights before the step"
-    if type(optimizer) is SGD:
-        if group["maximize"] and group["fused"]:
-            return "releases of torch differ in where fused SGD puts the sign of maximize=True"
-        if group["nesterov"] and _gradient_is_overwritten(group) is None:
-            return "Nesterov's momentum may have overwritten the gradient; foreach=True or False would tell"
-    return None
-
-
-def _gradient_is_overwritten(group: Mapping[str, Any]) -> bool | None:
-    """Whether Nesterov's SGD leaves its direction in ``.grad``; ``None`` where torch chooses the form.
-
-    The multi-tensor form adds to the gradients in place, unless L2 or ``maximize`` made copies of them.
-    """
-    if group["weight_decay"] or group["maximize"] or group["fused"]:
-        return False
-    if group["foreach"] is None and group["fused"] is None:
-        on_cpu = all(parameter.device.type == "cpu" for parameter in group["params"])
-        return False if on_cpu else None  # torch has no multi-tensor kernels there, and does not choose them
-    return bool(group["foreach"])
-
-
-def is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether Adam's decay acts on the weights; torch before 2.7 has no entry for it."""
-    return bool(group.get("decoupled_weight_decay", type(optimizer) is AdamW))
-
-
-def _shrinkage(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
-    """Factor that the step puts on the weights before it."""
-    if type(optimizer) is SGD:
-        acts = not group["momentum"] or group["nesterov"]
-    else:
-        acts = type(optimizer) is not RMSprop and is_decoupled(optimizer, group)
-    return 1.0 - float(group["lr"]) * float(group["weight_decay"]) if acts else 1.0
+    return family.move(optimizer, group, trained, scratch)
 
 
 def _trained(group: Mapping[str, Any]) -> list[Tensor]:
@@ -295,27 +174,33 @@ def _trained(group: Mapping[str, Any]) -> list[Tensor]:
     return [parameter for parameter in group["params"] if parameter.grad is not None]
 
 
-def _gradients(trained: Sequence[Tensor]) -> list[Tensor]:
-    """Unscaled ones also under a gradient scaler: a fused kernel writes them back."""
-    return [parameter.grad for parameter in trained if parameter.grad is not None]
+def group_settings(optimizer: torch.optim.Optimizer) -> tuple[GroupSettings, ...]:
+    """The optimizer's settings by parameter group, with distinct names.
 
+    Args:
+        optimizer: Any optimizer.
 
-def _states(optimizer: Optimizer, trained: Sequence[Tensor], key: str) -> list[Tensor]:
-    try:
-        return [optimizer.state.get(parameter, {})[key] for parameter in trained]
-    except KeyError:
-        raise SampleSkippedError(f"a parameter has a gradient but no {key!r}: it made no step yet") from None
-
-
-def _steps(optimizer: Optimizer, trained: Sequence[Tensor]) -> list[float]:
-    """Steps that each parameter has made, fetched from the device at once."""
-    steps: list[float] = torch.stack(_states(optimizer, trained, "step")).tolist() if trained else []
-    return steps
-
-
-def _room(parameter: Tensor, scratch: _Scratch) -> Tensor:
-    """The tensor in which to work for a parameter."""
-    room = scratch.get(parameter)
-    if room is None:
-        room = scratch[parameter] = torch.empty_like(parameter, requires_grad=False)
-    return room
+    Example:
+        >>> net = torch.nn.Linear(2, 1)
+        >>> group_settings(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))[0].momentum
+        0.9
+    """
+    family = family_of(optimizer)
+    names: list[str] = []
+    settings = []
+    for index, group in enumerate(optimizer.param_groups):
+        name = str(group.get("name", index)).replace("/", ".")
+        names.append(name if name not in names else f"{name}.{index}")
+        momentum, dampening, nesterov = family.momentum(group)
+        settings.append(
+            GroupSettings(
+                name=names[-1],
+                lr=float(group["lr"]),
+                momentum=momentum,
+                dampening=dampening,
+                nesterov=nesterov,
+                weight_decay=float(group.get("weight_decay", 0.0)),
+                is_sgd=family.linear,
+            )
+        )
+    return tuple(settings)

@@ -84,7 +84,7 @@ class Decision:
     Args:
         step: The optimizer step at which it was made; it takes effect at the next one.
         controller: Name of the controller's class.
-        knob: ``"learning_rate"`` or ``"batch_size"``.
+        knob: ``"learning_rate"``, ``"batch_size"`` or ``"run"``, which is 1 while it goes on and 0 at its end.
         rule: What the readings were compared with, in words, with the thresholds.
         read: Value and standard error of each reading that went into it, by key without the prefix.
         before: The knob's setting, of the first parameter group it concerns.
@@ -135,6 +135,8 @@ class Decision:
         knob = f"{self.knob} of group {self.group}" if self.group else self.knob
         would = "would go " if self.dry_run and self.wanted else ""
         move = f"{would}{self.before:g} -> {self.after:g}" if self.wanted else f"stays at {self.before:g}"
+        if self.knob == "run":  # 1 while it goes on, 0 at its end
+            move = ("would end" if self.dry_run else "ends") if self.wanted else "goes on"
         seen = ", ".join(f"{key} {_with_error(*pair)}" for key, pair in self.read.items())
         facts = "; ".join([seen] * bool(seen) + [f"rule: {self.rule}"])
         return f"step {self.step}: {knob} {move}: {self.reason} ({facts})"

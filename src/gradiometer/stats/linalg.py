@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..errors import InputError
 
+_HALF = frozenset({torch.float16, torch.bfloat16})
+
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """Float64 where the device has it, else float32 (Apple's ``mps`` has none)."""
@@ -36,10 +38,14 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
         >>> squared_norms([torch.ones(4), torch.full((2, 2), 2.0)])
         tensor([ 4., 16.], dtype=torch.float64)
     """
-    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
-    double = any(tensor.dtype == torch.float64 for tensor in tensors)
-    dtype = (torch.float64 if double else torch.float32) if half else None
+    kinds = {tensor.dtype for tensor in tensors}
+    dtype = None
+    if not kinds.isdisjoint(_HALF):
+        dtype = torch.float64 if torch.float64 in kinds else torch.float32
     norms = torch._foreach_norm(list(tensors), 2.0, dtype)
+    if norms[0].is_cpu:  # nobody waits for a device there, and plain numbers are faster than small tensors
+        lengths = [norm.item() for norm in norms]
+        return torch.tensor([length * length for length in lengths], dtype=torch.float64)
     return torch.stack(norms).to(accumulation_dtype(norms[0].device)).square()
 
 

@@ -1,0 +1,253 @@
+"""One observable with its estimator in a running monitor: when it is due, what it reads, when it gives up."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..collect.registry import COLLECTORS
+from ..collect.snapshot import Snapshot
+from ..errors import InputError, SampleSkippedError, UnsupportedError
+from ..observables.base import Estimate, Observable, as_sample
+from ..record.readings import Reading, make_key, quantity_of
+from ..stats.estimators import Estimator
+from ..stats.jackknife import correlated_jackknife, t_quantile
+from .step import Taking
+
+TRIES = 3
+"""Failures in a row after which an observable is left out; skipped samples after which its record is."""
+
+_REMEMBERED = ("stretch", "seen", "owed", "skips", "failures", "retired")
+
+
+class Instrument:
+    """One observable, its estimator, and what is remembered about the pair.
+
+    Args:
+        observable: What is measured.
+        prefix: First part of every key.
+    """
+
+    def __init__(self, observable: Observable, prefix: str) -> None:
+        self.observable = observable
+        self.estimator = copy.deepcopy(cast("Estimator", observable.estimator))
+        self._prefix = prefix
+        needs = observable.required(recording=True) | observable.required(recording=False)
+        self._ahead = frozenset(name for name in needs & COLLECTORS.keys() if COLLECTORS[name].ahead)
+        self.stretch = 1
+        """Only every so many due steps are measured, to keep a budget."""
+        self.seen = 0
+        """Due steps so far."""
+        self.owed = False
+        """Whether a record is outstanding, because its step could not be measured."""
+        self.skips = self.failures = 0
+        """Samples skipped, and failures, since the last reading."""
+        self.retired = False
+
+    @property
+    def name(self) -> str:
+        """The observable's group."""
+        return self.observable.group
+
+    def begin(self, step: int) -> Taking | None:
+        """What is to be taken from this step, ``None`` where nothing is due.
+
+        Args:
+            step: The optimizer step.
+        """
+        if self.retired:
+            return None
+        observable, chosen = self.observable, self.owed
+        recording = self.owed
+        if observable.samples(step):
+            self.seen += 1
+            if (self.seen - 1) % self.stretch == 0:
+                chosen, recording = True, recording or observable.due(step)
+        ahead = self._needed_next(step) if self._ahead else frozenset()
+        if chosen:
+            return Taking(observable.group, recording, observable.required(recording), ahead)
+        if ahead:  # nothing is evaluated at this step
+            return Taking(observable.group, False, frozenset(), ahead, done=True)
+        return None
+
+    def _needed_next(self, step: int) -> frozenset[str]:
+        """Fields whose collectors must run now, if the next step is due."""
+        due = self.observable.samples(step + 1) and self.seen % self.stretch == 0
+        return self._ahead if due else frozenset()
+
+    def take(self, taking: Taking, snapshot: Snapshot) -> None:
+        """Evaluate the observable.
+
+        Args:
+            taking: Where the sample goes.
+            snapshot: All that the observable may look at.
+        """
+        answer = self.observable.statistics(snapshot)
+        if answer is not None:  # else it is not there yet
+            taking.sample, taking.weight = as_sample(answer)
+        if taking.recording:
+            taking.levels = self.observable.levels(snapshot)
+            taking.note = self.observable.note(snapshot)
+
+    def read(self, taking: Taking, step: int, label: Callable[[str], str]) -> list[Reading]:
+        """Close the block, read the averages, and add errors from leaving blocks out.
+
+        Args:
+            taking: What was taken from this step.
+            step: The optimizer step.
+            label: Puts a section's name in the place of its index.
+        """
+        if taking.sample is None and not self.estimator.pending[0] and not self.estimator.replicates()[0]:
+            self.settled()
+            return []  # not yet
+        self.estimator.close(step, taking.levels)
+        reference = self.estimator.reference()
+        rows, weights = self.estimator.replicates()
+        now = rows | self.estimator.levels()
+        values = self.observable.readings(now, reference) if now or reference.samples else {}
+        numbers = {
+            name: _as_rows(value) for name, value in values.items() if name not in self.observable.arrays
+        }
+        errors = _errors({name: row for name, row in numbers.items() if len(row) > 1}, weights)
+        readings = []
+        for name, value in values.items():
+            estimate = value if isinstance(value, Estimate) else Estimate(value)
+            note = "; ".join(filter(None, (taking.note, estimate.note)))
+            if name in numbers:
+                readings.append(self._number(label(name), numbers[name], estimate, errors.get(name), note))
+            else:
+                array = value.detach().cpu().numpy()
+                readings.append(self._reading(label(name), array, note=note, resolved=estimate.resolved))
+        self.settled()
+        return readings
+
+    def _number(
+        self, name: str, row: Tensor, estimate: Estimate, jackknife: tuple[float, int] | None, note: str
+    ) -> Reading:
+        """A reading with its 95 % interval, the engine's where the observable gives none."""
+        value = float(row[0])
+        stderr, groups = jackknife or (math.nan, 0)
+        if estimate.stderr is not None:
+            stderr = float(_as_rows(estimate.stderr)[0])
+        half = t_quantile(groups) * stderr
+        return self._reading(
+            name,
+            value,
+            stderr=stderr,
+            note=note,
+            low=value - half if estimate.low is None else estimate.low,
+            high=value + half if estimate.high is None else estimate.high,
+            resolved=estimate.resolved,
+        )
+
+    def unknown(self, latest: Mapping[str, Reading]) -> list[Reading]:
+        """``nan`` under every name the observable reads, arrays aside.
+
+        Args:
+            latest: The latest reading of every key.
+        """
+        arrays = {key for key, reading in latest.items() if not isinstance(reading.value, float)}
+        return [
+            self._reading(name, math.nan)
+            for name in self.observable.quantities
+            if name in self.observable.names - self.observable.arrays
+            and make_key(self._prefix, self.name, name) not in arrays
+        ]
+
+    def _reading(self, name: str, value: Any, **facts: Any) -> Reading:
+        quantity = quantity_of(name, self.observable.quantities)
+        key = make_key(self._prefix, self.name, name)
+        return Reading(key, value, unit=quantity.unit, sentence=quantity.sentence, **facts)
+
+    def settled(self) -> None:
+        """A reading is there: nothing is owed, and failures are counted anew."""
+        self.owed, self.skips, self.failures = False, 0, 0
+
+    def skip(self, taking: Taking) -> None:
+        """A sample could not be had at this step; the next ones are tried, for a record a few times.
+
+        Args:
+            taking: What was to be taken.
+        """
+        taking.drop()
+        self.skips += 1
+        self.owed = taking.recording and self.skips % (TRIES + 1) != 0
+
+    def fail(self, taking: Taking, error: Exception) -> None:
+        """Retire what can never work, or has failed too often; the rest is tried again when it is due.
+
+        Args:
+            taking: What was to be taken.
+            error: Why it failed.
+        """
+        taking.drop()
+        self.failures += 1
+        self.owed = False
+        self.retired = isinstance(error, UnsupportedError) or self.failures >= TRIES
+
+    def restart(self, reason: str) -> bool:
+        """Begin the window anew if this observable cannot look across the change.
+
+        Args:
+            reason: What has changed: ``"settings"`` or ``"parameters"``.
+
+        Returns:
+            Whether it began anew.
+        """
+        if reason not in self.observable.restarts:
+            return False
+        self.estimator.reset(everything=reason == "parameters")
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The estimator's state and what is remembered, as tensors and numbers."""
+        remembered = {name: getattr(self, name) for name in _REMEMBERED}
+        return {"estimator": self.estimator.state_dict(), **remembered}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`.
+
+        Args:
+            saved: What it returned.
+        """
+        self.estimator.load_state_dict(saved["estimator"])
+        for name in _REMEMBERED:
+            setattr(self, name, saved[name])
+
+
+def description_of(error: Exception) -> str:
+    """An error in words for a warning: the class's name where the message is not written for the user.
+
+    Args:
+        error: Any error.
+    """
+    text = str(error) or type(error).__name__
+    text += "" if text.endswith((".", "!", "?")) else "."
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        text += " Pass a smaller probe_size= or max_memory=."
+    if not isinstance(error, (InputError, UnsupportedError, SampleSkippedError)):
+        text = f"{type(error).__name__}: {text}"
+    return text
+
+
+def _as_rows(value: Any) -> Tensor:
+    """A number, or a number and its replicates, as ``[R]``."""
+    number = value.value if isinstance(value, Estimate) else value
+    if isinstance(number, float):
+        return torch.tensor([number], dtype=torch.float64)
+    return torch.as_tensor(number, dtype=torch.float64).detach().cpu().reshape(-1)
+
+
+def _errors(rows: Mapping[str, Tensor], weights: Tensor) -> dict[str, tuple[float, int]]:
+    """Standard errors from the replicates that each leave a block out, and the groups behind each."""
+    if not rows:
+        return {}
+    stacked = torch.stack(list(rows.values()), 1)
+    stacked = stacked.where(stacked.isfinite(), math.nan)
+    error = correlated_jackknife(stacked[0], stacked[1:], weights)
+    return dict(zip(rows, zip(error.stderr.tolist(), error.groups.tolist(), strict=True), strict=True))

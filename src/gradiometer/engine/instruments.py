@@ -1,0 +1,256 @@
+"""All instruments of a monitor: what is due, what fails, and what is read from one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+from ..collect.base import no_micro_batch
+from ..collect.snapshot import Snapshot
+from ..errors import CostWarning, SampleSkippedError
+from ..observables import Observable
+from ..record.readings import Reading
+from .cost import CostLedger
+from .guard import Guard
+from .instrument import TRIES, Instrument, description_of
+from .ranks import Ranks
+from .step import StepUnderWay, Taking
+
+
+class Instruments:
+    """The instruments of one monitor, by the group of their observable.
+
+    Args:
+        observables: What is measured.
+        prefix: First part of every key.
+        guard: Contains what observables raise.
+        ranks: The processes of the run.
+        feeds: Groups that controllers decide by; a budget does not thin them out.
+    """
+
+    def __init__(
+        self, observables: Sequence[Observable], prefix: str, guard: Guard, ranks: Ranks, feeds: set[str]
+    ) -> None:
+        self._instruments = {observable.group: Instrument(observable, prefix) for observable in observables}
+        self._guard, self._ranks, self._feeds = guard, ranks, feeds
+
+    def __getitem__(self, group: str) -> Instrument:
+        """The instrument of one group."""
+        return self._instruments[group]
+
+    @property
+    def observables(self) -> list[Observable]:
+        """What is measured."""
+        return [instrument.observable for instrument in self._instruments.values()]
+
+    @property
+    def measure(self) -> bool:
+        """Whether any of them still measures."""
+        return any(not instrument.retired for instrument in self._instruments.values())
+
+    def begin(self, step: int) -> list[Taking]:
+        """What is due at a step.
+
+        Args:
+            step: The optimizer step.
+        """
+        takings = []
+        for instrument in self._instruments.values():
+            try:
+                taking = instrument.begin(step)
+            except Exception as error:
+                if not self._guard.contains:
+                    raise
+                self._settle(
+                    instrument, Taking(instrument.name, False, frozenset()), error, step, ready=False
+                )
+                continue
+            if taking is not None:
+                takings.append(taking)
+        return takings
+
+    def affected(self, takings: Sequence[Taking], reason: str) -> bool:
+        """Whether one of those due begins its window anew for this reason.
+
+        Args:
+            takings: What is due.
+            reason: ``"settings"`` or ``"parameters"``.
+        """
+        return any(reason in self._instruments[taking.name].observable.restarts for taking in takings)
+
+    def restart(self, reason: str) -> list[str]:
+        """Begin the windows anew of all that cannot look across a change; their groups.
+
+        Args:
+            reason: ``"settings"`` or ``"parameters"``.
+        """
+        return [name for name, instrument in self._instruments.items() if instrument.restart(reason)]
+
+    def evaluate(self, step: StepUnderWay, takings: Sequence[Taking], snapshot: Snapshot) -> None:
+        """Run observables whose fields are complete.
+
+        Args:
+            step: The step under way.
+            takings: What is to be taken from it.
+            snapshot: All that observables may look at.
+        """
+        for taking in takings:
+            taking.done, began = True, perf_counter()
+            instrument = self._instruments[taking.name]
+            try:
+                if not snapshot.has("probe") and "probe" in taking.needs:
+                    raise no_micro_batch()
+                missing = self._missing(step, taking) if step.errors else ()
+                instrument.take(taking, snapshot)
+                for error in missing:
+                    what = f"{type(instrument.observable).__name__} at step {step.number}"
+                    text = f"{what}: {error} What rests on it is left out; the rest is read."
+                    self._guard.warn(text, str(error))
+            except Exception as error:
+                self.fail(step, taking, error)
+            taking.seconds += perf_counter() - began
+
+    def _missing(self, step: StepUnderWay, taking: Taking) -> list[Exception]:
+        """Errors behind fields the observable can do without; raises the first that it cannot."""
+        optional = self._instruments[taking.name].observable.optional if self._guard.contains else frozenset()
+        names = sorted(taking.needs & step.errors.keys())
+        for name in names:
+            if name not in optional:
+                raise step.errors[name]
+        return [step.errors[name] for name in names]
+
+    def add(self, step: StepUnderWay) -> list[Taking]:
+        """Average what was sampled, over processes too where something is recorded.
+
+        Args:
+            step: The step under way.
+
+        Returns:
+            What records at this step.
+        """
+        for taking in step.takings:
+            if taking.sample is not None and not taking.failed:
+                try:
+                    self._instruments[taking.name].estimator.add(taking.sample, taking.weight)
+                except Exception as error:
+                    self.fail(step, taking, error)
+        recording = [taking for taking in step.takings if taking.recording]
+        if recording and self._ranks.together:
+
+            def settle(instrument: Instrument, taking: Taking, error: Exception) -> None:
+                self._settle(instrument, taking, error, step.number, ready=step.ready)
+
+            pairs = [(self._instruments[taking.name], taking) for taking in recording]
+            self._ranks.reduce(pairs, settle)
+        return recording
+
+    def read(
+        self,
+        step: StepUnderWay,
+        recording: Sequence[Taking],
+        label: Callable[[str], str],
+        latest: Mapping[str, Reading],
+    ) -> list[Reading]:
+        """Readings of those that record; ``nan`` where they cannot be had.
+
+        Args:
+            step: The step under way.
+            recording: What records.
+            label: Puts a section's name in the place of its index.
+            latest: The latest reading of every key.
+        """
+        readings = []
+        for taking in recording:
+            began = perf_counter()
+            instrument = self._instruments[taking.name]
+            if not taking.failed:
+                if self._ranks.together:  # before what one process alone may fail in
+                    instrument.settled()
+                try:
+                    readings += instrument.read(taking, step.number, label)
+                except Exception as error:
+                    self.fail(step, taking, error)
+            if taking.failed and not instrument.owed:
+                readings += instrument.unknown(latest)
+            taking.seconds += perf_counter() - began
+        return readings
+
+    def fail(self, step: StepUnderWay, taking: Taking, error: Exception) -> None:
+        """Contain an error; on several processes all settle it at their next record.
+
+        Args:
+            step: The step under way.
+            taking: What was to be taken from it.
+            error: Why it could not be.
+        """
+        if not self._guard.contains:
+            raise error
+        if self._ranks.together:
+            self._ranks.keep(taking, error)
+        else:
+            self._settle(self._instruments[taking.name], taking, error, step.number, ready=step.ready)
+
+    def _settle(
+        self, instrument: Instrument, taking: Taking, error: Exception, step: int, *, ready: bool
+    ) -> None:
+        """Say it once, and let the instrument try again or retire."""
+        what = f"{type(instrument.observable).__name__} at step {step}"
+        if isinstance(error, SampleSkippedError):
+            instrument.skip(taking)
+            if ready:  # else one warning has said that before_step() is missing
+                text = f"{what}: {error} The sample is left out; the next steps are tried."
+                self._guard.warn(text, str(error))
+            return
+        instrument.fail(taking, error)
+        fate = f"It reads nan, and is left out after {TRIES} failures in a row."
+        if instrument.retired:
+            fate = "It is left out from here on."
+            if instrument.name in self._feeds:
+                fate += " Controllers that decide by it do nothing from here on."
+        text = description_of(error)
+        self._guard.warn(f"{what}: {text} {fate} Training goes on.", f"{instrument.name}:{text}")
+
+    def owe(self, takings: Sequence[Taking]) -> None:
+        """The step was not made: its records are taken from the next one.
+
+        Args:
+            takings: What was to be taken from it.
+        """
+        for taking in takings:
+            instrument = self._instruments[taking.name]
+            instrument.owed = instrument.owed or taking.recording
+
+    def keep_budget(self, cost: CostLedger, budget: float | None) -> None:
+        """Double the cadence of the dearest observable while the sum of shares is above the budget.
+
+        Args:
+            cost: What measuring has cost so far.
+            budget: Largest share of the loop's time; no limit when ``None``.
+        """
+        if budget is None:
+            return
+        dearest = self._ranks.first(cost.dearest(budget, self._instruments, self._feeds))
+        if dearest >= 0:
+            instrument = list(self._instruments.values())[dearest]
+            instrument.stretch *= 2
+            cost.stretched(instrument.name)
+            message = f"measuring is above budget={budget}: {instrument.name} is measured half as often"
+            self._guard.warn(message, instrument.name, CostWarning)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States by group."""
+        return {name: instrument.state_dict() for name, instrument in self._instruments.items()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[str]:
+        """Continue from :meth:`state_dict`.
+
+        Args:
+            saved: What it returned.
+
+        Returns:
+            Groups that are not measured here.
+        """
+        for name in saved.keys() & self._instruments.keys():
+            self._instruments[name].load_state_dict(saved[name])
+        return [name for name in saved if name not in self._instruments]
