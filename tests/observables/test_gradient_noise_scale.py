@@ -430,6 +430,80 @@ def test_monitor_reads_the_covariance_of_the_gradients(reduction, micro_batches)
     assert found["dynamics/noise/trace"].note.startswith(source)
 
 
+# -- steps and sources that do not count -----------------------------------------------------------
+
+
+def moments_by_hand(observable, snapshots, field):
+    """Trace and squared gradient of one source from plain means over the steps that have it."""
+    sums = []
+    for snapshot in snapshots:
+        parts = getattr(snapshot, field)
+        b, w = parts.sizes.double(), parts.shares.double()
+        noise = (w / b).sum(), (w**2 / b).sum()
+        sums.append([(w[:, None] * parts.sq_norms).sum(), parts.batch_sq_norm.sum(), *noise])
+    a, c, single, batch = torch.tensor(sums, dtype=torch.float64).mean(0).tolist()
+    trace = (a - c) / (single - batch)
+    return trace, c - trace * batch
+
+
+def test_a_source_has_no_part_in_the_steps_without_it():
+    """The norm layers at every step, the other sources at some, and one step that is not finite."""
+    observable = GradientNoiseScale(source="norm layers", cross_check="per example")
+    estimator, counted, full, checked = Mean(), [], [], []
+    group = GroupSettings("0", 0.1, 0.0, 0.0, False, 0.0, False)
+    for step in range(12):
+        fields = {}
+        for name, every in (("norm_layer_parts", 1), ("gradient_parts", 2), ("example_parts", 3)):
+            if step % every == 0:
+                means = part_means(1, [4] * 8, gradient=0.3 + every, seed=10 * step + every)[0]
+                fields[name] = parts_snapshot(means / 8, [4] * 8).gradient_parts
+        if step in (5, 6):  # the first source, or all of this step
+            fields["norm_layer_parts"] = dataclasses.replace(
+                fields["norm_layer_parts"],
+                sq_norms=torch.full((8, 1), 1e9, dtype=torch.float64),
+                weight=torch.zeros(()),
+            )
+        settings = {
+            "model": nn.Linear(1, 1),
+            "groups": (group,),
+            "batch_size": 32 if step not in (5, 6) else 10**6,
+        }
+        snapshot = Snapshot(step=step, **settings, **fields)
+        estimator.add(*observable.statistics(snapshot))
+        if step % 3 == 2:
+            estimator.close(step)
+        if step not in (5, 6):
+            counted.append(snapshot)
+            full += [snapshot] if "gradient_parts" in fields else []
+            checked += [snapshot] if "example_parts" in fields else []
+    found = read(observable, estimator)
+    trace, signal = moments_by_hand(observable, full, "gradient_parts")
+    assert found["trace"] == pytest.approx(trace, rel=1e-12)
+    assert found["grad_sq_norm"] == pytest.approx(signal, rel=1e-12)
+    at_full, all_steps = (moments_by_hand(observable, s, "norm_layer_parts") for s in (full, counted))
+    factor = trace / signal / (at_full[0] / at_full[1])
+    assert found["norm_layer_factor"] == pytest.approx(factor, rel=1e-12)
+    assert found["scale"] == pytest.approx(factor * all_steps[0] / all_steps[1], rel=1e-12)
+    assert found["critical_batch_fraction"] == pytest.approx(32 / (32 + found["scale"]), rel=1e-12)
+    check, at_check = (moments_by_hand(observable, checked, f) for f in ("example_parts", "norm_layer_parts"))
+    assert found["source_ratio"] == pytest.approx(check[0] / at_check[0], rel=1e-12)
+    assert estimator.reference().samples == 10
+
+
+def test_settings_of_a_step_that_does_not_count_are_not_read():
+    observable, estimator = GradientNoiseScale(), Mean()
+    for lr, weight in ((0.1, 1.0), (0.1, 1.0), (7.0, 0.0)):
+        snapshot = parts_snapshot(part_means(1, [4] * 8)[0] / 8, [4] * 8, dataset_size=320)
+        parts = dataclasses.replace(snapshot.gradient_parts, weight=torch.tensor(weight))
+        groups = (dataclasses.replace(snapshot.groups[0], lr=lr),)
+        estimator.add(*observable.statistics(snapshot.replace(gradient_parts=parts, groups=groups)))
+    estimator.close(2)
+    assert read(observable, estimator)["sgd_scale"] == pytest.approx(
+        sgd_noise_scale(0.1, 320, 32, replacement=False), rel=1e-6
+    )
+    assert estimator.reference().samples == 2
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 

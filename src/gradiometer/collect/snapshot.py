@@ -296,16 +296,17 @@ RENAMED: Mapping[str, str] = {
 """Fields of snapshots by the names they had; these go with the next release."""
 
 
-def present_name(field: str) -> str:
+def present_name(field: str, stacklevel: int = 3) -> str:
     """A field's name of today; a warning where it had another.
 
     Args:
         field: As observables ask for it.
+        stacklevel: Frames from here to the code that says the old name.
     """
     if field not in RENAMED:
         return field
     message = f"the snapshot's {field!r} is now called {RENAMED[field]!r}"
-    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
     return RENAMED[field]
 
 

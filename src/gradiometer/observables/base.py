@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
@@ -129,7 +130,8 @@ class Observable(ABC):
         super().__init_subclass__()
         for name in ("needs", "level_needs"):
             if not RENAMED.keys().isdisjoint(getattr(cls, name)):
-                setattr(cls, name, frozenset(map(present_name, getattr(cls, name))))
+                present = partial(present_name, stacklevel=4)  # below are this class, and how Python makes it
+                setattr(cls, name, frozenset(map(present, getattr(cls, name))))
 
     def __post_init__(self) -> None:
         """Read numbers as cadences, and choose the estimator."""

@@ -67,11 +67,6 @@ class Reading:
     resolved: bool = True
 
     @property
-    def is_scalar(self) -> bool:
-        """Whether the value is a plain number."""
-        return isinstance(self.value, float)
-
-    @property
     def is_finite(self) -> bool:
         """Whether the value is a plain, finite number."""
         return isinstance(self.value, float) and math.isfinite(self.value)
