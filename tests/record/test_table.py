@@ -8,11 +8,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradiometer import FluctuationDissipation, GradientNoiseScale, Monitor, Reading
+from gradiometer.observables import OBSERVABLES
 from gradiometer.record.table import sentence, table
+
+WORDS = {
+    f"{kind.group}/{name}": quantity for kind in OBSERVABLES for name, quantity in kind.quantities.items()
+}
 
 
 def reading(name, value, stderr=math.nan, **more):
-    return Reading(f"d/{name}", value, stderr, **more)
+    words = WORDS["/".join(name.split("/")[:2])]
+    return Reading(f"d/{name}", value, stderr, quantity=words, **more)
 
 
 def said(first, *others):
@@ -177,9 +183,9 @@ def test_the_table_where_nothing_moves():
     ],
 )
 def test_the_learning_rate_over_its_limit(value, stderr, begins):
-    assert sentence(Reading("d/control/lr_over_limit", value, stderr), {}).startswith(begins)
+    assert said(reading("control/lr_over_limit", value, stderr)).startswith(begins)
 
 
 def test_a_limit_that_was_not_found():
-    reading = Reading("d/control/lr_over_limit", math.nan, low=0.4, resolved=False)
-    assert sentence(reading, {}) == "not resolved, at least 0.4: the largest curvature was not found."
+    unknown = reading("control/lr_over_limit", math.nan, low=0.4, resolved=False)
+    assert said(unknown) == "not resolved, at least 0.4: the largest curvature was not found."

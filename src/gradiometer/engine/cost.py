@@ -3,9 +3,43 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from statistics import median
 
+from ..record.readings import Quantity, Reading
+
 _KEPT = 64
+DEAR = 0.05
+"""Share of the loop's time above which measuring is called expensive."""
+
+
+def _fraction_says(reading: Reading, others: Mapping[str, Reading]) -> str:
+    if reading.number > DEAR:
+        return "measuring is a noticeable share of the loop: use longer cadences or budget=0.05."
+    return "measuring is a small share of the loop."
+
+
+COST_GROUP = "cost"
+FRACTION, SECONDS = "fraction", "seconds"
+COST_QUANTITIES: Mapping[str, Quantity] = {
+    FRACTION: Quantity(
+        "1",
+        "Time spent measuring over the loop's own time, since the beginning.",
+        verdict=_fraction_says,
+        chart="cost",
+        formula="time spent measuring / time of the loop without it, since the beginning",
+        cost="none",
+        tells="what measuring costs in all",
+        act="above 0.05: longer cadences, or `budget=0.05`",
+    ),
+    SECONDS: Quantity(
+        "s",
+        "Host time the observables took at this step.",
+        formula="host time of the observables at this step",
+        cost="none",
+        tells="what one record costs; on an accelerator it includes waiting for the device",
+    ),
+}
 
 
 class CostLedger:
@@ -59,6 +93,15 @@ class CostLedger:
     def fraction(self) -> float | None:
         """All time spent measuring over all time of the loop without it; unknown at the first step."""
         return self._own_seconds / self._user_seconds if self._user_seconds > 0 else None
+
+    def numbers(self, seconds: float) -> dict[str, float]:
+        """What is recorded: the time at this step and, from the second step on, the share of the loop.
+
+        Args:
+            seconds: Host time the observables took at this step.
+        """
+        fraction = self.fraction()
+        return {SECONDS: seconds} | ({} if fraction is None else {FRACTION: fraction})
 
     def shares(self) -> dict[str, float]:
         """Median cost times cadence over the median step, by observable; after its second event.

@@ -41,7 +41,7 @@ from ..collect.registry import COLLECTORS, group_settings
 from ..collect.sections import Sections
 from ..collect.snapshot import Probe, Snapshot
 from ..control import Controller, ControlPanel, View, check_controllers, with_needed
-from ..control.panel import GROUP, QUANTITIES
+from ..control.panel import CHANGES, GROUP, QUANTITIES
 from ..errors import CostWarning, InputError, MeasurementWarning, SampleSkippedError, UnsupportedError
 from ..observables import Observable, default_observables
 from ..observables.base import Estimate
@@ -53,18 +53,15 @@ from ..stats.estimators import Estimator
 from ..stats.jackknife import correlated_jackknife, t_quantile
 from .changes import Settings
 from .checks import check_run, check_settings
-from .cost import CostLedger
+from .cost import COST_GROUP, COST_QUANTITIES, CostLedger
 from .crosschecks import disagreements
+from .words import expected_words
 
 STATE_VERSION = 3
 _TRIES = 3
 _UNREAD = 256
 _EARLY = {"probe"} | {name for name, kind in COLLECTORS.items() if kind.moment == "before_step"}
 _SEVERITY: Mapping[type[Exception], int] = {SampleSkippedError: 1, UnsupportedError: 3}  # any other error: 2
-_COST = {
-    "fraction": Quantity("1", "Time spent measuring over the loop's own time, since the beginning."),
-    "seconds": Quantity("s", "Host time the observables took at this step."),
-}
 
 
 @dataclass
@@ -241,6 +238,8 @@ class Monitor:
         if controllers:
             contain = on_error == "warn"
             self._panel = ControlPanel(controllers, optimizer, self._group_names, contain=contain)
+        for recorder in self._recorders:
+            getattr(recorder, "expect", _ignore)(expected_words(prefix, chosen))
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     # -- the four moments --------------------------------------------------------------------------
@@ -522,14 +521,14 @@ class Monitor:
         if not readings:
             return
         self._share_costs()
-        costs = {"seconds": float(sum(slot.seconds for slot in self._due))}
-        fraction = self.cost.fraction()
-        if fraction is not None:
-            costs["fraction"] = fraction
-        readings += [self._reading("cost", _COST, n, value, math.nan, "") for n, value in costs.items()]
+        costs = self.cost.numbers(float(sum(slot.seconds for slot in self._due)))
+        readings += [
+            self._reading(COST_GROUP, COST_QUANTITIES, n, value, math.nan, "") for n, value in costs.items()
+        ]
         self.latest.update({reading.key: reading for reading in readings})
         self._comparable.update({reading.key: reading for reading in readings})
-        for key, message in disagreements(self._comparable, self._prefix, self._groups).items():
+        measured = [slot.observable for slot in self._slots]
+        for key, message in disagreements(self._comparable, self._groups, measured).items():
             self._warn(message, key)
         self._new = (self._new + readings)[-_UNREAD:]
         self._hand_on(lambda recorder: recorder(self.step, readings))
@@ -553,7 +552,7 @@ class Monitor:
         recorded = {slot.name for slot in recording}
         if panel.due(self.step, recorded):
             self._decide(panel, recorded, readings)
-        numbers["changes"] = float(panel.changes)
+        numbers[CHANGES] = float(panel.changes)
         return [self._reading(GROUP, QUANTITIES, n, v, 0.0, "") for n, v in numbers.items()]
 
     def _decide(self, panel: ControlPanel, recorded: set[str], readings: Sequence[Reading]) -> None:
@@ -598,6 +597,7 @@ class Monitor:
         reference = slot.estimator.reference()
         rows, weights = slot.estimator.replicates()
         values = slot.observable.readings(rows | slot.estimator.levels(), reference)
+        slot.observable.check_words(values)
         quantities, arrays = slot.observable.quantities, slot.observable.arrays
         numbers = {name: _as_rows(value) for name, value in values.items() if name not in arrays}
         errors = _errors({n: row for n, row in numbers.items() if len(row) > 1}, weights)
@@ -635,7 +635,7 @@ class Monitor:
         note: str,
         **interval: Any,
     ) -> Reading:
-        quantity = quantity_of(name, quantities)
+        quantity = quantity_of(name, quantities, group)
         number: Any = value if isinstance(value, float) else value.detach().cpu().numpy()
         return Reading(
             key=make_key(self._prefix, group, name),
@@ -644,6 +644,7 @@ class Monitor:
             unit=quantity.unit,
             sentence=quantity.sentence,
             note=note,
+            quantity=quantity,
             **interval,
         )
 
@@ -1016,8 +1017,8 @@ class Monitor:
             )
 
 
-def _ignore(decisions: Sequence[Decision]) -> None:
-    """A recorder that takes no decisions."""
+def _ignore(news: object) -> None:
+    """A recorder that takes no decisions, or no words beforehand."""
 
 
 def _as_rows(value: Any) -> Tensor:
