@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradiometer import FluctuationDissipation, GradientNoiseScale, Monitor, Reading
+from gradiometer.engine.cost import COST_QUANTITIES
 from gradiometer.observables import OBSERVABLES
 from gradiometer.record.table import sentence, table
 
@@ -189,3 +190,16 @@ def test_the_learning_rate_over_its_limit(value, stderr, begins):
 def test_a_limit_that_was_not_found():
     unknown = reading("control/lr_over_limit", math.nan, low=0.4, resolved=False)
     assert said(unknown) == "not resolved, at least 0.4: the largest curvature was not found."
+
+
+@pytest.mark.parametrize(
+    ("drift", "begins"), [(0.05, "lazy so far"), (0.2, "between lazy and"), (0.5, "learning features")]
+)
+def test_the_drift_of_the_kernel(drift, begins):
+    assert said(reading("ntk/drift", drift, 0.01)).startswith(begins)
+
+
+@pytest.mark.parametrize(("share", "size"), [(0.01, "small"), (0.2, "noticeable")])
+def test_the_cost_of_measuring(share, size):
+    fraction = Reading("d/cost/fraction", share, quantity=COST_QUANTITIES["fraction"])
+    assert said(fraction).startswith(f"measuring is a {size} share of the loop")

@@ -27,17 +27,15 @@ COST_QUANTITIES: Mapping[str, Quantity] = {
         "Time spent measuring over the loop's own time, since the beginning.",
         verdict=_fraction_says,
         chart="cost",
-        formula="time spent measuring / time of the loop without it, since the beginning",
-        cost="none",
-        tells="what measuring costs in all",
-        act="above 0.05: longer cadences, or `budget=0.05`",
+        formula="time spent measuring / time of the loop without it",
+        tells="since the beginning of the process",
+        act="too much: longer cadences, or `budget=0.05`",
     ),
     SECONDS: Quantity(
         "s",
         "Host time the observables took at this step.",
-        formula="host time of the observables at this step",
-        cost="none",
-        tells="what one record costs; on an accelerator it includes waiting for the device",
+        formula="host time of the observables due at this step",
+        tells="what one record takes",
     ),
 }
 
