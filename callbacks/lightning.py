@@ -12,17 +12,13 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gradiometer.adapters.session import Session
+from gradiometer.adapters.session import IN_PROGRESS_BAR, Session
 from gradiometer.control import Controller
 from gradiometer.engine.monitor import Monitor
-from gradiometer.observables import FluctuationDissipation, GradientNoiseScale, Observable
-from gradiometer.observables.fluctuation_dissipation import RATIO
-from gradiometer.observables.gradient_noise_scale import SCALE
+from gradiometer.observables import Observable
 from gradiometer.record.loggers import LoggersRecorder
 
 from .lightning_batches import check_accumulation, follow_controllers
-
-_IN_PROGRESS_BAR = (GradientNoiseScale.key(SCALE), FluctuationDissipation.key(RATIO))
 
 
 class DynamicsMonitor(Callback):
@@ -85,7 +81,7 @@ class DynamicsMonitor(Callback):
         prefix: str = "dynamics",
         on_error: Literal["warn", "raise"] = "warn",
         budget: float | None = None,
-        progress_bar: Sequence[str] = _IN_PROGRESS_BAR,
+        progress_bar: Sequence[str] = IN_PROGRESS_BAR,
         layout: bool = False,
         print_table: bool = True,
     ) -> None:

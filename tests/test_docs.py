@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from gradiometer import Quantity
+from gradiometer import Monitor, Quantity
 from gradiometer.control import panel
 from gradiometer.engine import cost
 from gradiometer.observables import OBSERVABLES
@@ -70,6 +72,26 @@ def test_every_row_says_how_the_number_is_made_and_what_it_tells(kind):
     for name, words in kind.quantities.items():
         assert words.formula, name
         assert words.tells, name
+
+
+def test_the_example_of_a_readings_words_runs():
+    code = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## A reading's words")[2]
+    names = {"__name__": "example"}
+    exec(code.split("```python\n")[1].split("```")[0], names)
+    model = nn.Linear(200, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for size, said in ((0.01, "the weights are of one size."), (100.0, "a few weights are far larger")):
+        with torch.no_grad():
+            model.weight.fill_(0.01)
+            model.weight[0, 0] = size
+        observables = [names["WeightSpread"](schedule=1)]
+        with Monitor(model, optimizer, observables, on_error="raise") as monitor:
+            with monitor.micro_batch(torch.zeros(2, 200)):
+                model(torch.zeros(2, 200)).sum().backward()
+            monitor.before_step()
+            optimizer.step()
+        assert said in monitor.table()
+    assert names["WeightSpread"].key(names["CREST"]) == "weights/crest"
 
 
 # -- renaming a reading touches the file that makes it, its row and its tests ------------------------

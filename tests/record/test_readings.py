@@ -25,9 +25,7 @@ from gradiometer.record.table import sentence
 
 @pytest.mark.parametrize("words", [("", "A number."), ("1", ""), (" ", "A number."), ("1", "\n")])
 def test_a_quantity_needs_a_unit_and_a_sentence(words):
-    with pytest.raises(
-        InputError, match=r"needs a unit and a sentence, got Quantity\(.*Write Quantity"
-    ):
+    with pytest.raises(InputError, match=r"needs a unit and a sentence, got Quantity\(.*Write Quantity"):
         Quantity(*words)
 
 
@@ -119,6 +117,37 @@ def test_a_reading_without_words_is_one_error_with_the_line_to_write(name):
         memory, _ = run(Weights(schedule=1, too_many=(name,)), steps=5)
     assert len([w for w in caught if "has no words" in str(w.message)]) == 1
     assert math.isnan(memory.latest()["dynamics/weights/sum"].value)
+
+
+def test_a_recorder_is_told_once_what_may_come_and_one_that_fails_is_left_out():
+    class Page:
+        def __init__(self, error=None):
+            self.told, self.steps, self.error = [], [], error
+
+        def expect(self, quantities):
+            if self.error:
+                raise self.error
+            self.told.append(quantities)
+
+        def __call__(self, step, readings):
+            self.steps.append(step)
+
+    sound, broken = Page(), Page(RuntimeError("no page"))
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    observables = [Weights(schedule=1)]
+    with pytest.warns(MeasurementWarning, match="Page failed and is left out: no page"):
+        monitor = Monitor(model, optimizer, observables, recorders=[broken, sound])
+    with monitor:
+        for _ in range(3):
+            with monitor.micro_batch(torch.ones(4, 3)):
+                model(torch.ones(4, 3)).sum().backward()
+            monitor.before_step()
+            optimizer.step()
+    (words,) = sound.told
+    assert words["dynamics/weights/sum"] is Weights.quantities["sum"]
+    assert words["dynamics/fdr/ratio"] is FluctuationDissipation.quantities["ratio"]
+    assert (sound.steps, broken.steps) == ([0, 1, 2], [])
 
 
 def test_the_kernel_of_the_optimizers_steps_is_not_called_lazy():

@@ -238,8 +238,8 @@ class Monitor:
         if controllers:
             contain = on_error == "warn"
             self._panel = ControlPanel(controllers, optimizer, self._group_names, contain=contain)
-        for recorder in self._recorders:
-            getattr(recorder, "expect", _ignore)(expected_words(prefix, chosen))
+        words = expected_words(prefix, chosen)
+        self._hand_on(lambda recorder: getattr(recorder, "expect", _ignore)(words))
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     # -- the four moments --------------------------------------------------------------------------
