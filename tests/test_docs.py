@@ -127,6 +127,14 @@ def test_no_key_of_a_reading_is_spelled_by_hand(path):
     assert spelled_keys(path.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_prose_names_no_reading_that_there_is_not(path):
+    named = set(re.findall(r"dynamics/(\w+/\w+)", path.read_text(encoding="utf-8")))
+    assert named - {f"{key}_stderr" for key in KEYS} <= KEYS
+
+
 def test_a_key_spelled_by_hand_would_be_found():
     assert spelled_keys('view.number("fdr/ratio")') == ["fdr/ratio"]
     assert spelled_keys('f"|fdr/ratio - 1| < {x}"') == ["fdr/ratio"]

@@ -119,6 +119,36 @@ def test_a_reading_without_words_is_one_error_with_the_line_to_write(name):
     assert math.isnan(memory.latest()["dynamics/weights/sum"].value)
 
 
+def _fails(*arguments):
+    raise RuntimeError("no idea")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confused(Weights):
+    quantities = {"sum": Quantity("parameter", "Sum of the weights.", verdict=_fails)}
+    checks = {"sum": _fails}
+
+
+def test_a_verdict_or_a_check_that_fails_costs_neither_the_record_nor_the_table():
+    with pytest.warns(MeasurementWarning, match="RuntimeError: no idea. Training goes on") as caught:
+        memory, monitor = run(Confused(schedule=1), steps=3)
+    assert len(caught) == 1
+    assert [step for step, _ in memory.series("dynamics/weights/sum")] == [0, 1, 2]
+    table = " ".join(monitor.table().split())
+    assert "Sum of the weights. (Its verdict failed: RuntimeError: no idea)" in table
+    with pytest.raises(RuntimeError, match="no idea"):
+        run(Confused(schedule=1), on_error="raise")
+
+
+def test_a_check_of_a_reading_without_words_is_refused():
+    @dataclass(frozen=True, kw_only=True)
+    class Strange(Weights):
+        checks = {"mean": _fails}
+
+    with pytest.raises(InputError, match="Strange has no words for its reading 'mean'"):
+        run(Strange(schedule=1))
+
+
 def test_a_recorder_is_told_once_what_may_come_and_one_that_fails_is_left_out():
     class Page:
         def __init__(self, error=None):

@@ -527,11 +527,11 @@ class Monitor:
         ]
         self.latest.update({reading.key: reading for reading in readings})
         self._comparable.update({reading.key: reading for reading in readings})
+        self._new = (self._new + readings)[-_UNREAD:]
+        self._hand_on(lambda recorder: recorder(self.step, readings))
         measured = [slot.observable for slot in self._slots]
         for key, message in disagreements(self._comparable, self._groups, measured).items():
             self._warn(message, key)
-        self._new = (self._new + readings)[-_UNREAD:]
-        self._hand_on(lambda recorder: recorder(self.step, readings))
 
     def _hand_on(self, call: Callable[[Any], None]) -> None:
         """Give every recorder something; one that fails is left out."""

@@ -72,7 +72,7 @@ def table(
             group = owner
             facts = [f"cost: {costs[group]}"] if group in costs else []
             rows.append((group, "", "", "; ".join(facts + [reading.note] * bool(reading.note))))
-        rows.append((f"  {name}", _number(reading), reading.unit, sentence(reading, readings)))
+        rows.append((f"  {name}", _number(reading), reading.unit, _said(reading, readings)))
     header = ("reading", "value ± error", "unit", "what it says")
     sizes = [max(len(header[i]), *(len(row[i]) for row in rows)) if rows else 8 for i in range(3)]
     sizes[0], sizes[1] = max(sizes[0], 13), max(sizes[1], 17)
@@ -90,6 +90,14 @@ def table(
         for decision in decisions:
             lines += textwrap.wrap(decision, width, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
+
+
+def _said(reading: Reading, others: Mapping[str, Reading]) -> str:
+    """What it says; a verdict that fails must not end the run that prints a table."""
+    try:
+        return sentence(reading, others)
+    except Exception as error:
+        return f"{reading.sentence} (Its verdict failed: {type(error).__name__}: {error})"
 
 
 def _line(cells: tuple[str, ...], sizes: list[int]) -> str:
