@@ -8,10 +8,10 @@ CODE := src callbacks tests $(wildcard benchmarks examples)
 SOURCES := $(shell find src/gradiometer callbacks -not -name '__pycache__' -not -name '*.pyc')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dashboard test lint format benchmark clean
+.PHONY: help install demo dashboard test lint format docs-tables benchmark clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/package ## create .venv with the pinned dependencies and install the package in it
 
@@ -35,6 +35,9 @@ lint: .venv/package ## style and types, nothing is changed
 format: .venv/package ## rewrite the code in the house style
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+docs-tables: .venv/package ## write the tables of docs/observables.md from the words in the code
+	$(BIN)/python docs/tables.py
 
 benchmark: .venv/package ## run every script in benchmarks/
 	set -e; for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script; done

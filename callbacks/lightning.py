@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gradiometer.adapters.session import Session
+from gradiometer.adapters.session import IN_PROGRESS_BAR, Session
 from gradiometer.control import Controller
 from gradiometer.engine.monitor import Monitor
 from gradiometer.observables import Observable
@@ -81,7 +81,7 @@ class DynamicsMonitor(Callback):
         prefix: str = "dynamics",
         on_error: Literal["warn", "raise"] = "warn",
         budget: float | None = None,
-        progress_bar: Sequence[str] = ("noise/scale", "fdr/ratio"),
+        progress_bar: Sequence[str] = IN_PROGRESS_BAR,
         layout: bool = False,
         print_table: bool = True,
     ) -> None:

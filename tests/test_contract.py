@@ -14,7 +14,18 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradiometer.observables
-from gradiometer import MemoryRecorder, Monitor, Observable, Snapshot
+from gradiometer import (
+    Ema,
+    FluctuationDissipation,
+    GradientNoiseScale,
+    JacobianNorm,
+    MemoryRecorder,
+    Monitor,
+    NeuralTangentKernel,
+    Observable,
+    Snapshot,
+)
+from gradiometer.collect.gradient import PreviousGradientCollector
 from gradiometer.collect.registry import COLLECTORS
 from gradiometer.control.panel import GROUP, QUANTITIES
 from gradiometer.errors import MissingFieldError
@@ -156,7 +167,7 @@ def network():
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
 
-def run(kind, steps=12, state=None, first=0):
+def run(kind, steps=12):
     """A loop that measures one observable at every second step."""
     model, memory = network(), MemoryRecorder()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -172,9 +183,7 @@ def run(kind, steps=12, state=None, first=0):
         loss_fn=F.cross_entropy,
         on_error="raise",
     ) as monitor:
-        if state is not None:
-            monitor.load_state_dict(state)
-        generator = torch.Generator().manual_seed(first)
+        generator = torch.Generator().manual_seed(0)
         for _ in range(steps):
             x = torch.randn(8, 4, generator=generator, dtype=torch.float64)
             y = torch.randint(3, (8,), generator=generator)
@@ -208,20 +217,104 @@ def test_readings_are_finite_and_only_those_declared(kind):
     assert any(r.note for r in latest.values())
 
 
-@pytest.mark.parametrize("kind", OBSERVABLES)
-def test_the_estimators_state_survives_saving_and_loading(kind):
-    _, monitor = run(kind)
-    buffer = io.BytesIO()
-    torch.save(monitor.state_dict(), buffer)
-    state = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    again, _ = run(kind, steps=3, state=state, first=1)
-    straight, _ = run(kind, steps=3, state=monitor.state_dict(), first=1)
-    assert again.records
-    for (step, left), (other, right) in zip(again.records, straight.records, strict=True):
-        assert step == other >= 12
-        for a, b in zip(left, right, strict=True):
-            if "/cost/" not in a.key and isinstance(a.value, float):
-                assert (a.key, a.value.hex(), a.stderr.hex()) == (b.key, b.value.hex(), b.stderr.hex())
+# -- resumption ------------------------------------------------------------------------------------
+
+LAST = 16
+
+
+def often(kind, **settings):
+    sampling = {"sampling": 1} if kind().sampling is not None else {}
+    return kind(schedule=2, **sampling, **settings)
+
+
+VARIANTS = {
+    **{kind.__name__: often(kind) for kind in OBSERVABLES},
+    "full kernel": NeuralTangentKernel(schedule=2, outputs="full"),
+    "preconditioned kernel": NeuralTangentKernel(schedule=2, preconditioned=True),
+    "norm layers": GradientNoiseScale(schedule=4, sampling=1, source="norm layers"),
+    "cross-checked": often(GradientNoiseScale, cross_check="split batch"),
+    "preconditioned noise": often(GradientNoiseScale, preconditioned=True),
+    "verified": FluctuationDissipation(schedule=2, verify=True),
+    "centred": FluctuationDissipation(schedule=2, sampling=1, centred=True),
+    "averaged": JacobianNorm(schedule=4, sampling=1, estimator=Ema(0.8), num_projections=2),
+}
+
+
+def normalised_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def optimizer_for(observable, model):
+    adaptive = getattr(observable, "preconditioned", False)
+    if adaptive:
+        return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5, weight_decay=0.01)
+
+
+def part(observable, first, last, saved=None):
+    """Steps of one training run, from a checkpoint on; its readings, and a checkpoint at the end."""
+    model, memory = normalised_network(), MemoryRecorder()
+    optimizer = optimizer_for(observable, model)
+    monitor = Monitor(
+        model, optimizer, [observable], recorders=[memory], dataset_size=100, loss_fn=F.cross_entropy
+    )
+    if saved is not None:
+        state = torch.load(io.BytesIO(saved), weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        monitor.load_state_dict(state["monitor"])
+    with monitor:
+        for step in range(first, last):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+            y = torch.randint(3, (8,), generator=generator)
+            with monitor.micro_batch(x, y):
+                F.cross_entropy(model(x), y).backward()
+            monitor.before_step()
+            optimizer.step()
+            optimizer.zero_grad()
+        parts = {"model": model, "optimizer": optimizer, "monitor": monitor}
+        buffer = io.BytesIO()
+        torch.save({name: part.state_dict() for name, part in parts.items()}, buffer)
+    return readings_of(memory), buffer.getvalue()
+
+
+def readings_of(memory):
+    """Every bit of what was read, by step and key; times are left out."""
+    bits = {}
+    for step, readings in memory.records:
+        for r in readings:
+            if "/cost/" not in r.key:
+                value = r.value.hex() if isinstance(r.value, float) else r.value.tobytes()
+                bits[step, r.key] = (value, r.stderr.hex(), r.resolved, r.note)
+    return bits
+
+
+def lost_by_resuming(observable, stop):
+    """Readings after a stop that a resumed run does not repeat to the last bit."""
+    whole, _ = part(observable, 0, LAST)
+    _, saved = part(observable, 0, stop)
+    resumed, _ = part(observable, stop, LAST, saved)
+    expected = {where: bits for where, bits in whole.items() if where[0] >= stop}
+    assert expected
+    return sorted(where for where in expected | resumed if expected.get(where) != resumed.get(where))
+
+
+@pytest.mark.parametrize("stop", [5, 8, 11])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(name, stop):
+    assert lost_by_resuming(VARIANTS[name], stop) == []
+
+
+def test_a_memory_outside_the_checkpoint_is_noticed(monkeypatch):
+    """The comparison has teeth: a collector that keeps something aside is found out."""
+
+    class Forgetful(PreviousGradientCollector):
+        saved = frozenset()
+
+    monkeypatch.setitem(COLLECTORS, "previous_gradient", Forgetful)
+    assert lost_by_resuming(VARIANTS["GradientCosine"], 8)
 
 
 NEEDS = {

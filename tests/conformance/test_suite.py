@@ -5,15 +5,14 @@ import pytest
 
 from gradiometer.conformance import check, noise_cases, reference, relation_cases
 from gradiometer.conformance.judges import (
-    Close,
-    Covers,
-    Median,
     Run,
-    Silent,
-    Spread,
-    Unbiased,
-    Width,
+    close,
     constant,
+    covers,
+    median,
+    silent,
+    unbiased,
+    width,
 )
 from gradiometer.conformance.noise_cases import SQUARES, TRACE
 from gradiometer.conformance.relation_cases import (
@@ -108,7 +107,9 @@ def test_spreads_of_the_two_batch_table():
     table |= {"8 parts of 16": (4.615, 0.4063), "32 parts of 4": (2.193, 0.4051)}
     for name, spreads in table.items():
         steps = next(iter(CASES[name].runs()))
-        least = [judge.least(Run(steps, {})) for judge in CASES[name].judges if isinstance(judge, Spread)]
+        asked = [judge for judge in CASES[name].judges if judge.aspect == "spread"]
+        answers = [[Run(steps, {judge.quantity: value}) for value in (0, 1)] for judge in asked]
+        least = [float(judge.find(runs).truth) for judge, runs in zip(asked, answers, strict=True)]
         found = np.array(least) * math.sqrt(len(steps))
         assert found == pytest.approx(spreads, rel=1e-3)
 
@@ -118,12 +119,12 @@ def test_spreads_of_the_two_batch_table():
 
 def test_what_is_not_returned_is_not_offered():
     truth = constant(1.0)
-    judges = (Close("trace", truth=truth), Close("scale", truth=truth), Covers("trace", truth=truth))
+    judges = (close("trace", truth=truth), close("scale", truth=truth), covers("trace", truth=truth))
     assert statuses(lambda steps: {"trace": 1.0}, *judges) == ["passed", "not offered", "not offered"]
 
 
 def test_nothing_offered_is_not_passed():
-    report = check(lambda steps: {}, [one_case(Close("trace", truth=constant(1.0)))])
+    report = check(lambda steps: {}, [one_case(close("trace", truth=constant(1.0)))])
     assert not report.passed
     assert not report.failures
 
@@ -132,14 +133,14 @@ def test_an_answer_in_some_runs_only_is_not_passed():
     def adapter(steps):
         return {"trace": 1.0} if steps[0] else {}
 
-    assert statuses(adapter, Close("trace", truth=constant(1.0))) == ["not offered"]
+    assert statuses(adapter, close("trace", truth=constant(1.0))) == ["not offered"]
 
 
 def test_an_adapter_that_raises_fails_with_its_message():
     def adapter(steps):
         raise NameError("name 'model' is not defined")
 
-    (line,) = check(adapter, [one_case(Close("trace", truth=constant(1.0)))]).checks
+    (line,) = check(adapter, [one_case(close("trace", truth=constant(1.0)))]).checks
     assert line.status == "FAILED"
     assert line.measured == "NameError: name 'model' is not defined"
 
@@ -147,11 +148,11 @@ def test_an_adapter_that_raises_fails_with_its_message():
 @pytest.mark.parametrize("value", [None, "1", [1.0], {}])
 def test_an_answer_that_is_no_number_fails(value):
     wanted = "passed" if value == "1" else "FAILED"
-    assert statuses(lambda steps: {"trace": value}, Close("trace", truth=constant(1.0))) == [wanted]
+    assert statuses(lambda steps: {"trace": value}, close("trace", truth=constant(1.0))) == [wanted]
 
 
 def test_misspelt_quantities_are_refused():
-    case = [one_case(Close("trace", truth=constant(1.0)))]
+    case = [one_case(close("trace", truth=constant(1.0)))]
     with pytest.raises(InputError, match=r"means nothing in a noise case, got 'b_simple'. Use trace, grad"):
         check(lambda steps: {"b_simple": 1.0}, case)
 
@@ -165,12 +166,12 @@ def test_where_nothing_can_be_measured_silence_and_refusal_pass():
     def refusing(steps):
         raise ValueError("too few parts")
 
-    assert statuses(lambda steps: {"scale": math.nan}, Silent("scale")) == ["passed"]
-    assert statuses(refusing, Silent("scale")) == ["passed"]
-    assert statuses(lambda steps: {"scale": 1.0}, Silent("scale")) == ["FAILED"]
+    assert statuses(lambda steps: {"scale": math.nan}, silent("scale")) == ["passed"]
+    assert statuses(refusing, silent("scale")) == ["passed"]
+    assert statuses(lambda steps: {"scale": 1.0}, silent("scale")) == ["FAILED"]
 
 
-@pytest.mark.parametrize("judge", [Unbiased, Median, Close])
+@pytest.mark.parametrize("judge", [unbiased, median, close])
 def test_nan_is_no_truth(judge):
     assert statuses(lambda steps: {"trace": math.nan}, judge("trace", truth=constant(1.0))) == ["FAILED"]
 
@@ -185,7 +186,7 @@ def test_intervals_may_be_neither_too_narrow_nor_too_wide():
 
         return answer
 
-    judges = (Covers("trace", truth=constant(0.0)), Width("trace"))
+    judges = (covers("trace", truth=constant(0.0)), width("trace"))
     assert statuses(adapter(1.96), *judges, runs=200) == ["passed", "passed"]
     assert statuses(adapter(0.8), *judges, runs=200) == ["FAILED", "passed"]
     assert statuses(adapter(8.0), *judges, runs=200) == ["passed", "FAILED"]

@@ -39,7 +39,7 @@ def readings(**changed):
 
 
 def found(table, *groups):
-    return disagreements(table, "d", groups or (PLAIN,))
+    return disagreements(table, groups or (PLAIN,), [FluctuationDissipation(), GradientNoiseScale()])
 
 
 def test_readings_that_agree_are_not_mentioned():

@@ -228,7 +228,8 @@ def test_a_reading_that_was_not_declared_is_contained(healthy):
 
     _, memory, messages = train([Undeclared(schedule=1), *others()])
     assert len(messages) == 1
-    assert "Undeclared at step 0: KeyError: 'surprise'" in messages[0]
+    assert "Undeclared at step 0: Undeclared has no words for its reading 'surprise'" in messages[0]
+    assert 'Add to its quantities: "surprise": Quantity("unit", "What the number is.").' in messages[0]
     assert_same(numbers(memory), numbers(healthy[1]))
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gradiometer import MemoryRecorder, Monitor, collect
+from gradiometer import MemoryRecorder, Monitor
+from gradiometer.collect import update as update_collector
 from gradiometer.collect.sections import Section
 from gradiometer.collect.snapshot import GroupSettings, Snapshot, Update, Weights
 from gradiometer.errors import InputError
@@ -809,14 +810,14 @@ def test_rebuilt_updates_read_as_copies_do(name, clip, monkeypatch):
             clip=clip,
         )[0]
 
-    asked, rebuilds = [], collect.rebuilds
+    asked, rebuilds = [], update_collector.rebuilds
 
     def never(optimizer):
         asked.append(rebuilds(optimizer))
         return False
 
     rebuilt = run()
-    monkeypatch.setattr(collect, "rebuilds", never)
+    monkeypatch.setattr(update_collector, "rebuilds", never)
     copied = run()
     assert all(asked)
     assert len(asked) > 10

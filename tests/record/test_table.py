@@ -8,11 +8,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradiometer import FluctuationDissipation, GradientNoiseScale, Monitor, Reading
+from gradiometer.engine.cost import COST_QUANTITIES
+from gradiometer.observables import OBSERVABLES
 from gradiometer.record.table import sentence, table
+
+WORDS = {
+    f"{kind.group}/{name}": quantity for kind in OBSERVABLES for name, quantity in kind.quantities.items()
+}
 
 
 def reading(name, value, stderr=math.nan, **more):
-    return Reading(f"d/{name}", value, stderr, **more)
+    words = WORDS["/".join(name.split("/")[:2])]
+    return Reading(f"d/{name}", value, stderr, quantity=words, **more)
 
 
 def said(first, *others):
@@ -177,9 +184,22 @@ def test_the_table_where_nothing_moves():
     ],
 )
 def test_the_learning_rate_over_its_limit(value, stderr, begins):
-    assert sentence(Reading("d/control/lr_over_limit", value, stderr), {}).startswith(begins)
+    assert said(reading("control/lr_over_limit", value, stderr)).startswith(begins)
 
 
 def test_a_limit_that_was_not_found():
-    reading = Reading("d/control/lr_over_limit", math.nan, low=0.4, resolved=False)
-    assert sentence(reading, {}) == "not resolved, at least 0.4: the largest curvature was not found."
+    unknown = reading("control/lr_over_limit", math.nan, low=0.4, resolved=False)
+    assert said(unknown) == "not resolved, at least 0.4: the largest curvature was not found."
+
+
+@pytest.mark.parametrize(
+    ("drift", "begins"), [(0.05, "lazy so far"), (0.2, "between lazy and"), (0.5, "learning features")]
+)
+def test_the_drift_of_the_kernel(drift, begins):
+    assert said(reading("ntk/drift", drift, 0.01)).startswith(begins)
+
+
+@pytest.mark.parametrize(("share", "size"), [(0.01, "small"), (0.2, "noticeable")])
+def test_the_cost_of_measuring(share, size):
+    fraction = Reading("d/cost/fraction", share, quantity=COST_QUANTITIES["fraction"])
+    assert said(fraction).startswith(f"measuring is a {size} share of the loop")

@@ -5,15 +5,26 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from gradiometer import Reading, TensorBoardRecorder
+from gradiometer import (
+    LearningRateLimit,
+    Monitor,
+    NeuralTangentKernel,
+    Quantity,
+    Reading,
+    TensorBoardRecorder,
+)
 from gradiometer.control.panel import QUANTITIES
+from gradiometer.engine.words import expected_words
 from gradiometer.errors import InputError
-from gradiometer.observables import OBSERVABLES
+from gradiometer.observables import OBSERVABLES, default_observables
+from gradiometer.record.loggers import LoggersRecorder
 from gradiometer.record.tensorboard import custom_scalars_layout
 
 
@@ -78,7 +89,12 @@ def test_arrays_that_are_not_finite_are_left_out(tmp_path):
 
 def test_layout_reads_back_and_names_only_readings_that_exist(tmp_path):
     recorder = TensorBoardRecorder(tmp_path, layout=True, prefix="physics")
-    control = [Reading(f"physics/control/{name}", 1.0) for name in ("learning_rate", "changes")]
+    expected = expected_words("physics", default_observables())
+    recorder.expect(expected)
+    control = [
+        Reading(f"physics/control/{name}", 1.0, quantity=QUANTITIES[name])
+        for name in ("learning_rate", "changes")
+    ]
     recorder(0, control)
     recorder(1, [])
     recorder.close()
@@ -88,8 +104,7 @@ def test_layout_reads_back_and_names_only_readings_that_exist(tmp_path):
     (category,) = layout.category
     assert category.title == "physics"
     titles = [chart.title for chart in category.chart]
-    assert titles == list(custom_scalars_layout("physics", control)["physics"])
-    without = list(custom_scalars_layout("physics")["physics"])
+    without = list(custom_scalars_layout("physics", expected)["physics"])
     assert titles == [*without, "learning rate", "changes made by controllers"]
     declared = {f"physics/{o.group}/{name}" for o in OBSERVABLES for name in o.quantities}
     declared |= {"physics/cost/fraction", "physics/cost/seconds"}
@@ -107,6 +122,86 @@ def test_layout_reads_back_and_names_only_readings_that_exist(tmp_path):
     ]
     assert len(scales) == len(others) == 1
     assert scales[0].title != others[0].title
+
+
+TITLES = {
+    "losses": [".*loss$"],
+    "learning features? (kernel drift)": ["ntk/drift"],
+    "kernel direction": ["ntk/distance", "ntk/alignment"],
+    "kernel velocity": ["ntk/velocity"],
+    "kernel spectrum": ["ntk/top_eigenvalue", "ntk/smallest_eigenvalue", "ntk/trace"],
+    "input sensitivity (Jacobian)": [
+        "jacobian/frobenius_norm",
+        "jacobian/frobenius_rms",
+        "jacobian/spectral_norm",
+    ],
+    "batch size right? (noise scale)": ["noise/scale"],
+    "critical batch fraction": ["noise/critical_batch_fraction"],
+    "SGD noise scale": ["noise/sgd_scale"],
+    "SGD temperature": ["noise/temperature"],
+    "fluctuation and dissipation": ["fdr/left", "fdr/right"],
+    "stationary? (fdr ratio)": ["fdr/ratio"],
+    "stationary: 1, not: 0": ["fdr/stationary"],
+    "cost": ["cost/fraction"],
+}
+
+
+def charts(layout, prefix="d"):
+    """Titles and readings of a layout."""
+    return {
+        title: [re.sub(rf"^\^{prefix}/(.*)\$$", r"\1", tag).replace("\\", "") for tag in tags]
+        for title, (_, tags) in layout[prefix].items()
+    }
+
+
+@pytest.mark.parametrize("observables", [default_observables(), (NeuralTangentKernel(preconditioned=True),)])
+def test_the_default_page_has_a_chart_for_each_question_in_this_order(observables):
+    layout = custom_scalars_layout("d", expected_words("d", observables))
+    assert charts(layout) == TITLES
+    assert list(charts(layout)) == list(TITLES)
+
+
+def test_what_else_is_measured_has_its_charts_behind_the_default_ones():
+    layout = custom_scalars_layout("d", expected_words("d", [LearningRateLimit()]))
+    assert charts(layout) == {**TITLES, "learning rate over its limit": ["control/lr_over_limit"]}
+
+
+def test_a_monitor_tells_its_recorders_what_to_expect(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class TensorBoardLogger:
+        experiment = SummaryWriter(str(tmp_path / "b"))
+
+        def log_metrics(self, metrics, step):
+            pass
+
+    recorders = [
+        TensorBoardRecorder(tmp_path / "a", layout=True),
+        LoggersRecorder([TensorBoardLogger()], layout=True),
+    ]
+    with Monitor(model, optimizer, recorders=recorders) as monitor, monitor.micro_batch(torch.ones(2, 3)):
+        model(torch.ones(2, 3)).sum().backward()
+        monitor.before_step()
+        optimizer.step()
+    TensorBoardLogger.experiment.close()
+    for folder in ("a", "b"):
+        (event,) = load(tmp_path / folder).Tensors("custom_scalars__config__")
+        layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+        assert [chart.title for chart in layout.category[0].chart] == list(TITLES)
+
+
+def test_without_being_told_the_page_shows_what_the_first_record_holds(tmp_path):
+    recorder = TensorBoardRecorder(tmp_path, layout=True, prefix="d")
+    words = Quantity("1", "A number.", chart="a chart")
+    silent = Quantity("1", "A number.")
+    readings = [Reading("d/a/b", 1.0, quantity=words), Reading("d/a/b/head", 1.0, quantity=words)]
+    recorder(0, [*readings, Reading("d/a/c", 1.0, quantity=silent), Reading("d/a/d", 1.0)])
+    recorder.close()
+    (event,) = load(tmp_path).Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    found = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    assert found == {"losses": [".*loss$"], "a chart": ["^d/a/b$"]}
 
 
 def test_without_being_asked_no_layout_is_written(tmp_path):

@@ -18,9 +18,15 @@ from ..control import check_controllers
 from ..engine.checks import check_settings
 from ..engine.monitor import Monitor
 from ..errors import MeasurementWarning
+from ..observables import FluctuationDissipation, GradientNoiseScale
+from ..observables.fluctuation_dissipation import RATIO
+from ..observables.gradient_noise_scale import SCALE
 from ..record.base import Recorder
 from ..record.readings import scalars
 from .batches import dataset_size_of, loss_scales, replacement_of, selected_forward
+
+IN_PROGRESS_BAR = (GradientNoiseScale.key(SCALE), FluctuationDissipation.key(RATIO))
+"""Keys of the readings that a progress bar shows, unless the user names others."""
 
 
 class Session:

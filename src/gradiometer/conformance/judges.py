@@ -7,11 +7,10 @@ is given in: standard errors over the runs, relative size, or the share of runs 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,21 +46,31 @@ class Finding(NamedTuple):
     deviation: float
 
 
+Rule = Callable[[Sequence[Run]], Finding]
+"""From all runs, each of which has answered, to what was found."""
+
+
 @dataclass(frozen=True)
-class Judge(ABC):
-    """One rule about one quantity.
+class Judge:
+    """One question about one quantity; each function below asks one.
 
     Args:
         quantity: The key of the answer that is looked at.
         limit: Largest deviation that passes.
+        unit: Unit of the deviation.
+        find: The deviation over all runs.
+        aspect: What of the quantity is looked at, for the table.
+        interval: Whether the answer's 95 % interval is needed.
+        accepts_refusal: Whether an error, or no answer, is right.
     """
 
     quantity: str
-    limit: float = field(kw_only=True)
-    unit: ClassVar[str] = ""
-    aspect: ClassVar[str] = ""
-    accepts_refusal: ClassVar[bool] = False
-    interval: ClassVar[bool] = False
+    limit: float
+    unit: str
+    find: Rule
+    aspect: str = ""
+    interval: bool = False
+    accepts_refusal: bool = False
 
     @property
     def key(self) -> str:
@@ -72,10 +81,6 @@ class Judge(ABC):
     def label(self) -> str:
         """What is looked at, for the table."""
         return f"{self.quantity} {self.aspect}".strip()
-
-    @abstractmethod
-    def find(self, runs: Sequence[Run]) -> Finding:
-        """The deviation over all runs, each of which has answered."""
 
 
 def constant(value: float) -> Truth:
@@ -96,169 +101,174 @@ def from_steps(deviation: float) -> Truth:
     return lambda run: deviation * float(np.sqrt((run.weights**2).sum()))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unbiased(Judge):
-    """The mean over runs is the truth, in standard errors of that mean."""
+def unbiased(quantity: str, truth: Truth, limit: float = 5.0) -> Judge:
+    """The mean over runs is the truth, in standard errors of that mean.
 
-    truth: Truth
-    limit: float = 5.0
-    unit: ClassVar[str] = "s.e."
+    Args:
+        quantity: The key of the answer.
+        truth: What is right, run by run.
+        limit: Standard errors.
+    """
 
-    def find(self, runs: Sequence[Run]) -> Finding:
-        """Deviation of the mean."""
-        truths = np.array([self.truth(run) for run in runs])
-        values = np.array([run.answer[self.quantity] for run in runs])
+    def find(runs: Sequence[Run]) -> Finding:
+        truths = np.array([truth(run) for run in runs])
+        values = np.array([run.answer[quantity] for run in runs])
         errors = values - truths
-        return Finding(
-            _text(truths.mean()), _text(values.mean()), _in_errors(errors.mean(), errors.std(ddof=1), runs)
-        )
+        deviation = _in_errors(errors.mean(), errors.std(ddof=1), runs)
+        return Finding(_text(truths.mean()), _text(values.mean()), deviation)
+
+    return Judge(quantity, limit, "s.e.", find)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Median(Judge):
-    """The median over runs is the truth: for ratios, whose mean may not exist."""
+def median(quantity: str, truth: Truth, limit: float = 5.0) -> Judge:
+    """The median over runs is the truth: for ratios, whose mean may not exist.
 
-    truth: Truth
-    limit: float = 5.0
-    unit: ClassVar[str] = "s.e."
-    aspect: ClassVar[str] = "median"
+    Args:
+        quantity: The key of the answer.
+        truth: What is right, run by run.
+        limit: Standard errors, which follow from the quartiles as for a normal distribution.
+    """
 
-    def find(self, runs: Sequence[Run]) -> Finding:
-        """Deviation of the median, its error from the quartiles as for a normal distribution."""
-        values = np.array([run.answer[self.quantity] for run in runs])
-        truth = float(np.mean([self.truth(run) for run in runs]))
+    def find(runs: Sequence[Run]) -> Finding:
+        values = np.array([run.answer[quantity] for run in runs])
+        expected = float(np.mean([truth(run) for run in runs]))
         if not np.isfinite(values).all():
-            return Finding(_text(truth), "nan", math.inf)
+            return Finding(_text(expected), "nan", math.inf)
         low, high = np.quantile(values, [0.25, 0.75])
         middle = float(np.median(values))
-        return Finding(
-            _text(truth), _text(middle), _in_errors(middle - truth, 1.2533 * (high - low) / 1.349, runs)
-        )
+        deviation = _in_errors(middle - expected, 1.2533 * (high - low) / 1.349, runs)
+        return Finding(_text(expected), _text(middle), deviation)
+
+    return Judge(quantity, limit, "s.e.", find, "median")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spread(Judge):
-    """Single answers scatter no more than those of an estimator that uses all there is."""
+def spread(quantity: str, least: Truth, limit: float = 1.5) -> Judge:
+    """Single answers scatter no more than those of an estimator that uses all there is.
 
-    least: Truth
-    limit: float = 1.5
-    unit: ClassVar[str] = "x s.d."
-    aspect: ClassVar[str] = "spread"
+    Args:
+        quantity: The key of the answer.
+        least: The least standard deviation possible.
+        limit: In units of the least.
+    """
 
-    def find(self, runs: Sequence[Run]) -> Finding:
-        """Scatter over runs in units of the least possible."""
-        least = self.least(runs[0])
-        found = float(np.std([run.answer[self.quantity] for run in runs], ddof=1))
-        return Finding(_text(least), _text(found), found / least)
+    def find(runs: Sequence[Run]) -> Finding:
+        smallest = least(runs[0])
+        scatter = float(np.std([run.answer[quantity] for run in runs], ddof=1))
+        return Finding(_text(smallest), _text(scatter), scatter / smallest)
+
+    return Judge(quantity, limit, "x s.d.", find, "spread")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Close(Judge):
-    """Every run gives the truth to a relative tolerance."""
+def close(quantity: str, truth: Truth, limit: float = 1e-9) -> Judge:
+    """Every run gives the truth to a relative tolerance.
 
-    truth: Truth
-    limit: float = 1e-9
-    unit: ClassVar[str] = "relative"
+    Args:
+        quantity: The key of the answer.
+        truth: What is right, run by run.
+        limit: Relative, of the worst run.
+    """
 
-    def find(self, runs: Sequence[Run]) -> Finding:
-        """The worst run."""
-        pairs = [(self.truth(run), float(run.answer[self.quantity])) for run in runs]
-        deviations = [abs(value - truth) / abs(truth) for truth, value in pairs]
+    def find(runs: Sequence[Run]) -> Finding:
+        pairs = [(truth(run), float(run.answer[quantity])) for run in runs]
+        deviations = [abs(value - expected) / abs(expected) for expected, value in pairs]
         worst = next((i for i, d in enumerate(deviations) if math.isnan(d)), int(np.argmax(deviations)))
-        truth, value = pairs[worst]
-        return Finding(_text(truth), _text(value), deviations[worst])
+        expected, value = pairs[worst]
+        return Finding(_text(expected), _text(value), deviations[worst])
+
+    return Judge(quantity, limit, "relative", find)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Covers(Judge):
-    """A 95 % interval holds the truth about that often; the limit is what may be missing."""
+def covers(quantity: str, truth: Truth, limit: float = 0.15) -> Judge:
+    """A 95 % interval holds the truth about that often.
 
-    truth: Truth
-    limit: float = 0.15
-    unit: ClassVar[str] = "missing"
-    aspect: ClassVar[str] = "coverage"
-    interval: ClassVar[bool] = True
+    Args:
+        quantity: The key of the answer.
+        truth: What is right, run by run.
+        limit: The share of runs that may be missing.
+    """
 
-    def find(self, runs: Sequence[Run]) -> Finding:
-        """How far the share of runs stays below 95 %."""
-        inside = [low <= self.truth(run) <= high for run in runs for low, high in [run.answer[self.key]]]
-        share = float(np.mean(inside))
+    def find(runs: Sequence[Run]) -> Finding:
+        pairs = [(truth(run), run.answer[quantity + INTERVAL]) for run in runs]
+        share = float(np.mean([low <= expected <= high for expected, (low, high) in pairs]))
         return Finding("0.95", f"{share:.2f}", max(0.0, 0.95 - share))
 
-
-@dataclass(frozen=True, kw_only=True)
-class Width(Judge):
-    """A 95 % interval is not wider than the scatter of the answers calls for."""
-
-    limit: float = 3.0
-    unit: ClassVar[str] = "x needed"
-    aspect: ClassVar[str] = "width"
-    interval: ClassVar[bool] = True
-
-    def find(self, runs: Sequence[Run]) -> Finding:
-        """The median width over that of 3.92 standard deviations."""
-        needed = 3.92 * float(np.std([run.answer[self.quantity] for run in runs], ddof=1))
-        width = float(np.median([high - low for low, high in (run.answer[self.key] for run in runs)]))
-        return Finding(_text(needed), _text(width), width / needed)
+    return Judge(quantity, limit, "missing", find, "coverage", interval=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unresolved(Judge):
-    """Nothing can be known, or only a bound: a number needs an interval that holds the truth."""
+def width(quantity: str, limit: float = 3.0) -> Judge:
+    """A 95 % interval is not wider than the scatter of the answers calls for.
 
-    truth: float
-    limit: float = 0.15
-    unit: ClassVar[str] = "wrong"
-    aspect: ClassVar[str] = "not resolved"
+    Args:
+        quantity: The key of the answer.
+        limit: Median width over 3.92 standard deviations.
+    """
 
-    def find(self, runs: Sequence[Run]) -> Finding:
-        """Share of runs that name a number and are wrong about it."""
-        wrong = np.mean([self._is_wrong(run) for run in runs])
-        return Finding(_text(self.truth), f"{wrong:.2f}", float(wrong))
+    def find(runs: Sequence[Run]) -> Finding:
+        needed = 3.92 * float(np.std([run.answer[quantity] for run in runs], ddof=1))
+        ends = (run.answer[quantity + INTERVAL] for run in runs)
+        usual = float(np.median([high - low for low, high in ends]))
+        return Finding(_text(needed), _text(usual), usual / needed)
 
-    def _is_wrong(self, run: Run) -> bool:
-        value = float(run.answer[self.quantity])
+    return Judge(quantity, limit, "x needed", find, "width", interval=True)
+
+
+def unresolved(quantity: str, truth: float, limit: float = 0.15) -> Judge:
+    """Nothing can be known, or only a bound: a number needs an interval that holds the truth.
+
+    Args:
+        quantity: The key of the answer.
+        truth: What is right.
+        limit: Share of runs that may name a number and be wrong about it.
+    """
+
+    def is_wrong(run: Run) -> bool:
+        value = float(run.answer[quantity])
         if not math.isfinite(value) or value <= 0:
             return False
-        low, high = run.answer.get(self.quantity + INTERVAL, (value, value))
-        return not low <= self.truth <= high
+        low, high = run.answer.get(quantity + INTERVAL, (value, value))
+        return not low <= truth <= high
+
+    def find(runs: Sequence[Run]) -> Finding:
+        wrong = float(np.mean([is_wrong(run) for run in runs]))
+        return Finding(_text(truth), f"{wrong:.2f}", wrong)
+
+    return Judge(quantity, limit, "wrong", find, "not resolved")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Silent(Judge):
-    """Nothing can be measured: ``nan``, no answer or an error, but no number."""
+def silent(quantity: str, limit: float = 0.0) -> Judge:
+    """Nothing can be measured: ``nan``, no answer or an error, but no number.
 
-    limit: float = 0.0
-    unit: ClassVar[str] = "wrong"
-    accepts_refusal: ClassVar[bool] = True
+    Args:
+        quantity: The key of the answer.
+        limit: Share of runs that may name a number.
+    """
 
-    def find(self, runs: Sequence[Run]) -> Finding:
-        """Share of runs that name a number."""
-        numbers = [float(run.answer[self.quantity]) for run in runs if self.quantity in run.answer]
+    def find(runs: Sequence[Run]) -> Finding:
+        numbers = [float(run.answer[quantity]) for run in runs if quantity in run.answer]
         named = [number for number in numbers if math.isfinite(number)]
         return Finding("nan", _text(named[0]) if named else "nan", len(named) / len(runs))
 
+    return Judge(quantity, limit, "wrong", find, accepts_refusal=True)
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict(Judge):
+
+def verdict(quantity: str, allowed: tuple[bool | None, ...] = (), limit: float = 0.15) -> Judge:
     """``True`` for a stationary window, ``False`` for a transient one, ``None`` where it cannot be told.
 
     Args:
+        quantity: The key of the answer.
         allowed: Answers that are right.
+        limit: Share of runs that may be wrong.
     """
 
-    allowed: tuple[bool | None, ...] = ()
-    limit: float = 0.15
-    unit: ClassVar[str] = "wrong"
-
-    def find(self, runs: Sequence[Run]) -> Finding:
-        """Share of runs with a wrong verdict."""
+    def find(runs: Sequence[Run]) -> Finding:
         words = {True: "yes", False: "no", None: "open"}
-        answers = [run.answer[self.quantity] for run in runs]
-        wrong = [answer for answer in answers if answer not in self.allowed]
+        answers = [run.answer[quantity] for run in runs]
+        wrong = [answer for answer in answers if answer not in allowed]
         said = Counter(words.get(answer, str(answer)) for answer in answers)
         shown = ", ".join(f"{count} {word}" for word, count in said.most_common())
-        return Finding(" or ".join(words[each] for each in self.allowed), shown, len(wrong) / len(answers))
+        return Finding(" or ".join(words[answer] for answer in allowed), shown, len(wrong) / len(answers))
+
+    return Judge(quantity, limit, "wrong", find)
 
 
 def _in_errors(difference: float, sd: float, runs: Sequence[Run]) -> float:

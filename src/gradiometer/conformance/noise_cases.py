@@ -12,18 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from .judges import (
-    Close,
-    Covers,
-    Median,
+    Judge,
     Run,
-    Silent,
-    Spread,
     Truth,
-    Unbiased,
-    Unresolved,
-    Width,
+    close,
     constant,
+    covers,
     from_steps,
+    median,
+    silent,
+    spread,
+    unbiased,
+    unresolved,
+    width,
 )
 from .steps import Array, NoiseStep
 from .suite import Case
@@ -123,10 +124,10 @@ def _two_batch_sizes(k: int, b: int, seed: int) -> Case:
         kind="noise",
         runs=_runs(lambda rng: [planted(rng, (b,) * k, gradient) for _ in range(steps)], 48, seed),
         judges=(
-            Unbiased("trace", truth=constant(TRACE)),
-            Unbiased("grad_sq_norm", truth=constant(signal)),
-            Spread("trace", least=from_steps(math.sqrt(var_trace))),
-            Spread("grad_sq_norm", least=from_steps(math.sqrt(var_signal))),
+            unbiased("trace", truth=constant(TRACE)),
+            unbiased("grad_sq_norm", truth=constant(signal)),
+            spread("trace", least=from_steps(math.sqrt(var_trace))),
+            spread("grad_sq_norm", least=from_steps(math.sqrt(var_signal))),
         ),
     )
 
@@ -137,11 +138,11 @@ def _variances(k: int, b: int, gradient: float) -> tuple[float, float]:
     return of_trace, 4 * gradient**2 * TRACE / (k * b) + of_trace / (k * b**2)
 
 
-def _mean_judges(signal: float, trace: float = TRACE) -> tuple[Unbiased, ...]:
+def _mean_judges(signal: float, trace: float = TRACE) -> tuple[Judge, ...]:
     return (
-        Unbiased("trace", truth=constant(trace)),
-        Unbiased("grad_sq_norm", truth=constant(signal)),
-        Unbiased("scale", truth=constant(trace / signal)),
+        unbiased("trace", truth=constant(trace)),
+        unbiased("grad_sq_norm", truth=constant(signal)),
+        unbiased("scale", truth=constant(trace / signal)),
     )
 
 
@@ -222,9 +223,9 @@ def _drifting_weights() -> Case:
         kind="noise",
         runs=_runs(make, 64, 15),
         judges=(
-            Unbiased("trace", truth=averaged(traces)),
-            Unbiased("grad_sq_norm", truth=averaged(signals)),
-            Median("scale", truth=ratio),
+            unbiased("trace", truth=averaged(traces)),
+            unbiased("grad_sq_norm", truth=averaged(signals)),
+            median("scale", truth=ratio),
         ),
     )
 
@@ -244,8 +245,8 @@ def _ratio() -> Case:
 
     scale = TRACE / signal
     judges = (
-        Median("scale", truth=constant(scale)),
-        Spread("scale", least=from_steps(scale * math.sqrt(variance)), limit=3.0),
+        median("scale", truth=constant(scale)),
+        spread("scale", least=from_steps(scale * math.sqrt(variance)), limit=3.0),
     )
     return Case("ratio of averages", "Averages first, ratio last.", "noise", _runs(make, 16, 16), judges)
 
@@ -263,9 +264,9 @@ def _large_scale() -> Case:
         kind="noise",
         runs=lambda: iter([[step] * 40]),
         judges=(
-            Close("trace", truth=constant(2.0)),
-            Close("grad_sq_norm", truth=constant(2.0 / LARGE_SCALE), limit=1e-6),
-            Close("scale", truth=constant(LARGE_SCALE), limit=1e-6),
+            close("trace", truth=constant(2.0)),
+            close("grad_sq_norm", truth=constant(2.0 / LARGE_SCALE), limit=1e-6),
+            close("scale", truth=constant(LARGE_SCALE), limit=1e-6),
         ),
     )
 
@@ -282,9 +283,9 @@ def _no_signal() -> Case:
         kind="noise",
         runs=_runs(make, 32, 17),
         judges=(
-            Unbiased("trace", truth=constant(TRACE)),
-            Unbiased("grad_sq_norm", truth=constant(0.0)),
-            Unresolved("scale", truth=math.inf),
+            unbiased("trace", truth=constant(TRACE)),
+            unbiased("grad_sq_norm", truth=constant(0.0)),
+            unresolved("scale", truth=math.inf),
         ),
     )
 
@@ -302,12 +303,12 @@ def _independent_steps() -> Case:
         kind="noise",
         runs=_runs(make, 40, 18),
         judges=(
-            Covers("trace", truth=constant(TRACE)),
-            Width("trace"),
-            Covers("grad_sq_norm", truth=constant(signal)),
-            Width("grad_sq_norm"),
-            Covers("scale", truth=constant(TRACE / signal)),
-            Width("scale"),
+            covers("trace", truth=constant(TRACE)),
+            width("trace"),
+            covers("grad_sq_norm", truth=constant(signal)),
+            width("grad_sq_norm"),
+            covers("scale", truth=constant(TRACE / signal)),
+            width("scale"),
         ),
     )
 
@@ -324,7 +325,7 @@ def _correlated_steps() -> Case:
             steps.append(planted(rng, (1, 1), 1.0, spectrum=(1 + 0.9 * sign) * flat))
         return steps
 
-    judges = (Covers("trace", truth=constant(16.0)), Width("trace"))
+    judges = (covers("trace", truth=constant(16.0)), width("trace"))
     about = "Intervals know that successive steps are correlated."
     return Case("correlated steps", about, "noise", _runs(make, 24, 19), judges)
 
@@ -337,5 +338,5 @@ def _nothing(
     def make(rng: np.random.Generator) -> list[NoiseStep]:
         return [_as_step(planted(rng, each, 1.0).inputs * row(len(SPECTRUM)), each) for each in sizes]
 
-    judges = (Silent("trace"), Silent("grad_sq_norm"), Silent("scale"))
+    judges = (silent("trace"), silent("grad_sq_norm"), silent("scale"))
     return Case(name, about, "noise", _runs(make, 4, seed), judges)

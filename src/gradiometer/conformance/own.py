@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ..engine.monitor import Monitor
 from ..errors import MeasurementWarning
 from ..observables import FluctuationDissipation, GradientNoiseScale
+from ..observables.fluctuation_dissipation import LEFT, RATIO, RIGHT
+from ..observables.gradient_noise_scale import GRAD_SQ_NORM, SCALE, TRACE
 from ..observables.schedules import Schedule, at
 from ..record.memory import MemoryRecorder
 from ..record.readings import Reading
@@ -150,7 +152,8 @@ def _measure_noise(
             if step.finite:  # as a gradient scaler decides
                 optimizer.step()
     answer: dict[str, Any] = dict.fromkeys(("trace", "grad_sq_norm", "scale"), math.nan)
-    return answer | _numbers(memory, "noise", tuple(answer))
+    names = {"trace": TRACE, "grad_sq_norm": GRAD_SQ_NORM, "scale": SCALE}
+    return answer | _numbers(memory, {part: GradientNoiseScale.key(name) for part, name in names.items()})
 
 
 def relation(steps: Sequence[RelationStep]) -> dict[str, Any]:
@@ -184,8 +187,9 @@ def relation(steps: Sequence[RelationStep]) -> dict[str, Any]:
     if not torch.allclose(model.weights(), after, rtol=1e-9, atol=1e-9):
         raise RuntimeError("the optimizer did not follow the steps of the case")
     latest = memory.latest()
-    verdict = sentence(latest["dynamics/fdr/ratio"], latest).split(":")[0]
-    answer = _numbers(memory, "fdr", ("left", "right", "ratio"))
+    verdict = sentence(latest[f"dynamics/{FluctuationDissipation.key(RATIO)}"], latest).split(":")[0]
+    names = {"left": LEFT, "right": RIGHT, "ratio": RATIO}
+    answer = _numbers(memory, {part: FluctuationDissipation.key(name) for part, name in names.items()})
     return answer | {"stationary": _VERDICTS.get(verdict)}
 
 
@@ -228,12 +232,12 @@ def _spread(first: int, last: int) -> Schedule:
     return at(sorted({*range(first, last, stride), last}))
 
 
-def _numbers(memory: MemoryRecorder, group: str, names: Sequence[str]) -> dict[str, Any]:
-    """The latest value of each name, ``nan`` where it is not resolved, and its interval where it has one."""
+def _numbers(memory: MemoryRecorder, keys: Mapping[str, str]) -> dict[str, Any]:
+    """The latest value for each part of the answer, ``nan`` where it is not resolved, and its interval."""
     latest = memory.latest()
     answer: dict[str, Any] = {}
-    for name in names:
-        reading = latest.get(f"dynamics/{group}/{name}")
+    for name, key in keys.items():
+        reading = latest.get(f"dynamics/{key}")
         if reading is None:
             continue
         interval = _interval(reading)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .judges import Close, Covers, Judge, Run, Spread, Truth, Unbiased, Verdict, Width, constant
+from .judges import Judge, Run, Truth, close, constant, covers, spread, unbiased, verdict, width
 from .steps import Array, RelationStep
 from .suite import Case
 
@@ -269,7 +269,7 @@ def _identity(name: str, settings: Descent, seed: int) -> Case:
         return descend(np.full(12, 3.0), gradient, [settings] * 50, counted_from=10)
 
     about = "Both sides of a window, to rounding; end points and sums must agree."
-    judges = (Close("left", truth=_defined(0)), Close("right", truth=_defined(1)))
+    judges = (close("left", truth=_defined(0)), close("right", truth=_defined(1)))
     return _case(f"identity: {name}", about, make, judges, runs=2, seed=seed)
 
 
@@ -283,9 +283,9 @@ def _quadratic(name: str, settings: Descent, seed: int) -> Case:
         return _quadratic_run(rng, curvatures, variances, [settings] * 600)
 
     judges = (
-        Close("left", truth=side, limit=0.04),
-        Close("right", truth=side, limit=0.04),
-        Close("ratio", truth=constant(1.0), limit=0.02),
+        close("left", truth=side, limit=0.04),
+        close("right", truth=side, limit=0.04),
+        close("ratio", truth=constant(1.0), limit=0.02),
     )
     return _case(f"quadratic: {name}", "Both sides in closed form.", make, judges, runs=1, seed=seed)
 
@@ -305,10 +305,10 @@ def _shuffled() -> Case:
         return descend(np.zeros(size), gradient, [Descent(0.1)] * len(order), counted_from=300)
 
     judges = (
-        Close("left", truth=_defined(0)),
-        Close("right", truth=_defined(1)),
-        Close("ratio", truth=constant(1.0), limit=0.02),
-        Verdict("stationary", allowed=(True,)),
+        close("left", truth=_defined(0)),
+        close("right", truth=_defined(1)),
+        close("ratio", truth=constant(1.0), limit=0.02),
+        verdict("stationary", allowed=(True,)),
     )
     about = "Batches without replacement: the relation holds with the gradient that made the step."
     return _case("shuffled epochs", about, make, judges, runs=2, seed=120)
@@ -330,9 +330,9 @@ def _scale_invariant() -> Case:
 
     side = constant(settings.weight_decay * length**2)
     judges = (
-        Close("left", truth=side),
-        Close("right", truth=side),
-        Close("ratio", truth=constant(1.0)),
+        close("left", truth=side),
+        close("right", truth=side),
+        close("ratio", truth=constant(1.0)),
     )
     return _case("scale-invariant weights", "Left side: L2 alone.", make, judges, runs=2, seed=121)
 
@@ -345,7 +345,7 @@ def _lr_jump() -> Case:
         steps = _quadratic_run(rng, np.ones(size), np.ones(size), [early] * 40 + [late] * 300)
         return [replace(step, counted=t >= 80) for t, step in enumerate(steps)]
 
-    judges = (Close("left", truth=_defined(0)), Close("right", truth=_defined(1)))
+    judges = (close("left", truth=_defined(0)), close("right", truth=_defined(1)))
     about = "The learning rate that counts is that of the window."
     return _case("jump of the learning rate", about, make, judges, runs=2, seed=122)
 
@@ -357,7 +357,7 @@ def _stationary() -> Case:
     def make(rng: np.random.Generator) -> list[RelationStep]:
         return _quadratic_run(rng, np.ones(size), np.ones(size), [Descent(0.2)] * 300)
 
-    judges = (Verdict("stationary", allowed=(True,)),)
+    judges = (verdict("stationary", allowed=(True,)),)
     about = "A long stationary window is recognised."
     return _case("stationary", about, make, judges, runs=6, seed=123)
 
@@ -368,7 +368,7 @@ def _short_window() -> Case:
     def make(rng: np.random.Generator) -> list[RelationStep]:
         return _quadratic_run(rng, np.ones(4), np.ones(4), [Descent(0.2)] * 31)
 
-    judges = (Verdict("stationary", allowed=(True, None)),)
+    judges = (verdict("stationary", allowed=(True, None)),)
     about = "A ratio away from 1 means nothing while its own error is as large."
     return _case("short window", about, make, judges, runs=24, seed=124)
 
@@ -383,7 +383,7 @@ def _transient() -> Case:
 
         return descend(np.full(size, 5.0), gradient, [Descent(0.02)] * 120)
 
-    judges = (Close("ratio", truth=_defined_ratio), Verdict("stationary", allowed=(False,)))
+    judges = (close("ratio", truth=_defined_ratio), verdict("stationary", allowed=(False,)))
     return _case("transient", "The ratio is what it is, and not near 1.", make, judges, runs=6, seed=125)
 
 
@@ -401,7 +401,7 @@ def _turning_point() -> Case:
 
         return descend(path[0], gradient, [Descent(lr)] * (len(path) - 1))
 
-    judges = (Verdict("stationary", allowed=(False, None)),)
+    judges = (verdict("stationary", allowed=(False, None)),)
     about = "Ends of equal norm make the ratio 1; the way between them was no stationary state."
     return _case("turning point", about, make, judges, runs=6, seed=126)
 
@@ -413,7 +413,7 @@ def _no_stationary_state() -> Case:
     def make(rng: np.random.Generator) -> list[RelationStep]:
         return descend(np.ones(size), lambda step, weights: rng.standard_normal(size), [Descent(0.1)] * 240)
 
-    judges = (Verdict("stationary", allowed=(False,)),)
+    judges = (verdict("stationary", allowed=(False,)),)
     about = "Without decay there is nothing to settle into."
     return _case("no stationary state", about, make, judges, runs=6, seed=127)
 
@@ -429,10 +429,10 @@ def _intervals() -> Case:
         return _quadratic_run(rng, np.ones(size), np.ones(size), [settings] * (length + 1))
 
     judges = (
-        Unbiased("ratio", truth=constant(1.0)),
-        Spread("ratio", least=constant(1 / (settings.lr * length * math.sqrt(size)))),
-        Covers("ratio", truth=constant(1.0)),
-        Width("ratio"),
+        unbiased("ratio", truth=constant(1.0)),
+        spread("ratio", least=constant(1 / (settings.lr * length * math.sqrt(size)))),
+        covers("ratio", truth=constant(1.0)),
+        width("ratio"),
     )
     about = "The ratio of averages and its 95 % interval in a stationary window."
     return _case("ratio intervals", about, make, judges, runs=32, seed=128)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from ..errors import InputError
 from ..observables import GradientNoiseScale, Observable
+from ..observables.gradient_noise_scale import SCALE, SCALE_LOWER_BOUND
 from ..record.readings import Decision
 from .base import Controller, Effect, State, View, check_dry_run, check_number
 from .sampler import GrowingBatchSampler
@@ -28,7 +29,7 @@ WORTH_IT = 1.5
 """The noise scale must be above the batch by this factor."""
 SHARE = 10
 """Of the data set's N examples, a batch holds N / 10 at most: beyond that its noise is no longer 1 / B."""
-_KEYS = ("noise/scale", "noise/scale_lower_bound")
+_SCALE, _LOWER_BOUND = (GradientNoiseScale.key(name) for name in (SCALE, SCALE_LOWER_BOUND))
 
 
 class _Found(NamedTuple):
@@ -205,8 +206,8 @@ class NoiseScaleBatchSize(Controller):
     def _find(self, view: View, state: State) -> _Found:
         """Whether the noise scale calls for more."""
         batch = view.batch_size * (state["grown"] if self.dry_run else 1)
-        scale = view.number("noise/scale")
-        reading = view.readings.get("noise/scale")
+        scale = view.number(_SCALE)
+        reading = view.readings.get(_SCALE)
         limit = min(self.max_batch_size or math.inf, (view.dataset_size or math.inf) / SHARE)
         why_not, calls = "", None
         if not batch:
@@ -259,13 +260,13 @@ class NoiseScaleBatchSize(Controller):
         return ratio if all(group.is_sgd for group in view.groups) else math.sqrt(ratio)
 
     def _decision(self, view: View, knob: str, before: float, factor: float, why_not: str) -> Decision:
-        rule = f"{self.kappa:g} noise/scale > {WORTH_IT:g} batch and its low end > batch"
+        rule = f"{self.kappa:g} {_SCALE} > {WORTH_IT:g} batch and its low end > batch"
         return Decision(
             step=view.step,
             controller=type(self).__name__,
             knob=knob,
             rule=f"{rule}, at {self.patience} checks in a row",
-            read=view.seen(*_KEYS),
+            read=view.seen(_SCALE, _LOWER_BOUND),
             before=float(before),
             factor=factor,
             reason=why_not or f"called for at {self.patience} checks in a row",

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from ..errors import InputError
 from ..observables import FluctuationDissipation, Observable
+from ..observables.fluctuation_dissipation import RATIO, STATIONARY, WEIGHT_NORM_SQ, why_undecided
 from ..record.readings import Decision
 from .base import Controller, Effect, State, View, check_dry_run, check_number
 
@@ -27,6 +28,8 @@ _MOVES = 3
 """Checks in a row before which the schedule has changed the rate: then it is told that it will not do."""
 _ROUNDING = 1e-9
 _PATIENCE = {"robust": 2, "yaida": 1, "sasa": 1}
+_RATIO, _STATIONARY = (FluctuationDissipation.key(name) for name in (RATIO, STATIONARY))
+_WEIGHT_NORM_SQ = FluctuationDissipation.key(WEIGHT_NORM_SQ)
 
 
 class _Finding(NamedTuple):
@@ -197,8 +200,8 @@ class EquilibriumLR(Controller):
         """Whether the parameter groups have settled."""
         ends = [""] if not self.per_group or len(view.sections) < 2 else []
         ends = ends or [f"/{section.name}" for section in view.sections if section.group in members]
-        names = [f"fdr/{name}{end}" for end in ends for name in ("ratio", "stationary")]
-        names += [f"fdr/weight_norm_sq{end}" for end in ends]
+        names = [f"{key}{end}" for end in ends for key in (_RATIO, _STATIONARY)]
+        names += [f"{_WEIGHT_NORM_SQ}{end}" for end in ends]
         keys = tuple(names)
         if not ends:
             return _Finding(False, "its parameters are not trained", keys)
@@ -207,12 +210,12 @@ class EquilibriumLR(Controller):
         if not any(view.groups[i].weight_decay for i in members) and not self.decay_in_loss:
             return _Finding(False, "without weight decay there may be no stationary state", keys)
         if self.policy == "yaida":
-            aways = [abs(view.number(f"fdr/ratio{end}") - 1) for end in ends]
+            aways = [abs(view.number(f"{_RATIO}{end}") - 1) for end in ends]
             if any(math.isnan(away) for away in aways):
-                return _Finding(False, "fdr/ratio is not known yet", keys)
+                return _Finding(False, f"{_RATIO} is not known yet", keys)
             settled = all(away < self.tolerance for away in aways)
         else:
-            answers = [view.number(f"fdr/stationary{end}") for end in ends]
+            answers = [view.number(f"{_STATIONARY}{end}") for end in ends]
             if any(math.isnan(answer) for answer in answers):
                 return _Finding(False, _undecided(view, ends), keys)
             settled = all(answer == 1.0 for answer in answers)
@@ -235,9 +238,9 @@ class EquilibriumLR(Controller):
 
     def _rule(self) -> str:
         if self.policy == "yaida":
-            return f"|fdr/ratio - 1| < {self.tolerance:g}"
+            return f"|{_RATIO} - 1| < {self.tolerance:g}"
         test = f", tolerance {self.tolerance:g}" if self.policy == "robust" else ", SASA+"
-        return f"fdr/stationary = 1{test}, at {self.patience or _PATIENCE[self.policy]} checks in a row"
+        return f"{_STATIONARY} = 1{test}, at {self.patience or _PATIENCE[self.policy]} checks in a row"
 
     def _decay_missing(self, view: View, targets: Mapping[str, Sequence[int]]) -> str:
         """What to tell about targets without weight decay."""
@@ -264,9 +267,9 @@ _KEEPS_MOVING = (
 def _undecided(view: View, ends: Sequence[str]) -> str:
     """The reason that the reading itself gives."""
     for end in ends:
-        reading = view.readings.get(f"fdr/stationary{end}")
+        reading = view.readings.get(f"{_STATIONARY}{end}")
         if reading is None:
-            return "fdr/stationary was not recorded at this step"
+            return f"{_STATIONARY} was not recorded at this step"
         if not reading.resolved:
-            return reading.note.rpartition("; ")[2]
-    return "fdr/stationary could not be measured"
+            return why_undecided(reading)
+    return f"{_STATIONARY} could not be measured"

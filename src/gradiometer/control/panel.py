@@ -26,11 +26,44 @@ __all__ = [
 ]
 
 GROUP = "control"
+CHANGES = "changes"
 QUANTITIES: Mapping[str, Quantity] = {
-    "learning_rate": Quantity("1", "Learning rate in force, of the first parameter group or the one named."),
-    "lr_factor": Quantity("1", "Controllers' factor on the learning rate that the script sets."),
-    "batch_size": Quantity("samples", "Examples behind this step, of all processes."),
-    "changes": Quantity("1", "Changes that controllers have made since the beginning."),
+    "learning_rate": Quantity(
+        "1",
+        "Learning rate in force, of the first parameter group or the one named.",
+        chart="learning rate",
+        formula=(
+            "the script's rate times the factor, of the first parameter group; `.../<group>` where "
+            "factors differ"
+        ),
+        cost="none",
+        tells="the rate this step was made with",
+    ),
+    "lr_factor": Quantity(
+        "1",
+        "Controllers' factor on the learning rate that the script sets.",
+        formula="product of the controllers' factors",
+        cost="none",
+        source="arXiv:1810.00004 for `EquilibriumLR`",
+        tells="1 until something was changed",
+        act="the text beside the curves says why",
+    ),
+    "batch_size": Quantity(
+        "samples",
+        "Examples behind this step, of all processes.",
+        chart="batch size",
+        formula="examples of all processes and micro-batches behind this step",
+        cost="none",
+        tells="the true batch, whatever was asked for",
+    ),
+    CHANGES: Quantity(
+        "1",
+        "Changes that controllers have made since the beginning.",
+        chart="changes made by controllers",
+        formula="changes so far",
+        cost="none",
+        tells="steps where something was changed: a mark beside the loss curves",
+    ),
 }
 _KEPT = 200
 """Changes, and refusals, of each controller that are kept in memory and in checkpoints."""

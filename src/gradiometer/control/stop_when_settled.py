@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..observables import FluctuationDissipation, Observable
+from ..observables.fluctuation_dissipation import RATIO, STATIONARY
 from ..record.readings import Decision
 from .base import Controller, Effect, State, View, check_dry_run, check_number
 
 __all__ = ["StopWhenSettled"]
 
+_RATIO, _STATIONARY = FluctuationDissipation.key(RATIO), FluctuationDissipation.key(STATIONARY)
 FEWEST_STEPS = 200
 """Steps between two checks, at least."""
 
@@ -93,7 +95,7 @@ class StopWhenSettled(Controller):
             view: This step.
             state: The memory.
         """
-        answer = view.number("fdr/stationary")
+        answer = view.number(_STATIONARY)
         if state["settled"] >= self.patience:  # the loop goes on all the same
             return [], {**state, "next": view.step + 10**9}, ""
         settled = state["settled"] + 1 if answer == 1.0 else 0
@@ -106,8 +108,8 @@ class StopWhenSettled(Controller):
             step=view.step,
             controller=type(self).__name__,
             knob="run",
-            rule=f"fdr/stationary = 1, tolerance {self.tolerance:g}, at {self.patience} checks in a row",
-            read=view.seen("fdr/ratio", "fdr/stationary"),
+            rule=f"{_STATIONARY} = 1, tolerance {self.tolerance:g}, at {self.patience} checks in a row",
+            read=view.seen(_RATIO, _STATIONARY),
             before=1.0,
             factor=0.0 if settled >= self.patience else 1.0,
             reason=reason,

@@ -108,6 +108,7 @@ def check_settings(
                 got=repr(observable),
                 fix="Write observables=[NeuralTangentKernel(), GradientNoiseScale()].",
             )
+        observable.check_words(observable.checks)
     groups = [observable.group for observable in observables]
     twice = {group for group in groups if groups.count(group) > 1}
     if twice:

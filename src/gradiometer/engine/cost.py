@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from statistics import median
@@ -10,10 +9,34 @@ from statistics import median
 from ..record.readings import Quantity, Reading, make_key
 
 _KEPT = 64
-GROUP = "cost"
-QUANTITIES: Mapping[str, Quantity] = {
-    "fraction": Quantity("1", "Time spent measuring over the loop's own time, since the beginning."),
-    "seconds": Quantity("s", "Host time the observables took at this step."),
+DEAR = 0.05
+"""Share of the loop's time above which measuring is called expensive."""
+
+
+def _fraction_says(reading: Reading, others: Mapping[str, Reading]) -> str:
+    if reading.number > DEAR:
+        return "measuring is a noticeable share of the loop: use longer cadences or budget=0.05."
+    return "measuring is a small share of the loop."
+
+
+COST_GROUP = "cost"
+FRACTION, SECONDS = "fraction", "seconds"
+COST_QUANTITIES: Mapping[str, Quantity] = {
+    FRACTION: Quantity(
+        "1",
+        "Time spent measuring over the loop's own time, since the beginning.",
+        verdict=_fraction_says,
+        chart="cost",
+        formula="time spent measuring / time of the loop without it",
+        tells="since the beginning of the process",
+        act="too much: longer cadences, or `budget=0.05`",
+    ),
+    SECONDS: Quantity(
+        "s",
+        "Host time the observables took at this step.",
+        formula="host time of the observables due at this step",
+        tells="what one record takes",
+    ),
 }
 
 
@@ -94,14 +117,18 @@ class CostLedger:
             prefix: First part of every key.
             seconds: Host time the observables took at this step.
         """
-        costs = {"seconds": seconds}
-        fraction = self.fraction()
+        costs, fraction = {SECONDS: seconds}, self.fraction()
         if fraction is not None:
-            costs["fraction"] = fraction
+            costs[FRACTION] = fraction
         return [
-            Reading(make_key(prefix, GROUP, name), value, math.nan, quantity.unit, quantity.sentence)
+            Reading(
+                make_key(prefix, COST_GROUP, name),
+                value,
+                unit=COST_QUANTITIES[name].unit,
+                sentence=COST_QUANTITIES[name].sentence,
+                quantity=COST_QUANTITIES[name],
+            )
             for name, value in costs.items()
-            for quantity in (QUANTITIES[name],)
         ]
 
     def dearest(self, budget: float, names: Iterable[str], fixed: Collection[str]) -> int:

@@ -110,6 +110,7 @@ class Instrument:
         rows, weights = self.estimator.replicates()
         now = rows | self.estimator.levels()
         values = self.observable.readings(now, reference) if now or reference.samples else {}
+        self.observable.check_words(values)
         numbers = {
             name: _as_rows(value) for name, value in values.items() if name not in self.observable.arrays
         }
@@ -160,9 +161,9 @@ class Instrument:
         ]
 
     def _reading(self, name: str, value: Any, **facts: Any) -> Reading:
-        quantity = quantity_of(name, self.observable.quantities)
+        quantity = quantity_of(name, self.observable.quantities, type(self.observable).__name__)
         key = make_key(self._prefix, self.name, name)
-        return Reading(key, value, unit=quantity.unit, sentence=quantity.sentence, **facts)
+        return Reading(key, value, unit=quantity.unit, sentence=quantity.sentence, quantity=quantity, **facts)
 
     def settled(self) -> None:
         """A reading is there: nothing is owed, and failures are counted anew."""

@@ -22,7 +22,7 @@ from .cost import CostLedger
 from .division import Division
 from .guard import Guard
 from .instruments import Instruments
-from .output import Output
+from .output import Output, ignore
 from .probe import first_examples, saved_probe
 from .ranks import Ranks
 from .steering import Steering
@@ -67,7 +67,7 @@ class Measurement:
         self.training, self.guard = training, guard
         self.probe, self._probe_is_given = probe, probe is not None
         self.cost = CostLedger()
-        self.output = Output(prefix, recorders, guard)
+        self.output = Output(prefix, recorders, guard, observables)
         self.division = Division(model, optimizer, forward, guard, layers=layers)
         self.steering = Steering(controllers, optimizer, self.division.names, guard, prefix)
         self.ranks = Ranks(model)
@@ -237,7 +237,7 @@ class Measurement:
         seconds = float(sum(taking.seconds for taking in step.takings))
         readings += self.cost.readings(self._prefix, seconds)
         if decisions:
-            self.output.hand_on(lambda recorder: getattr(recorder, "record_decisions", _ignore)(decisions))
+            self.output.hand_on(lambda recorder: getattr(recorder, "record_decisions", ignore)(decisions))
         self.output.add(step.number, readings, self.division.groups)
 
     def _control(
@@ -351,7 +351,3 @@ class Measurement:
 def _examples(step: StepUnderWay) -> int:
     """Examples behind a step, of all processes; 0 when unknown."""
     return sum(step.sizes) * parallel.world_size()
-
-
-def _ignore(decisions: Sequence[Decision]) -> None:
-    """A recorder that takes no decisions."""

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..observables import Observable
 from ..optimizers import GroupSettings
 from ..record.base import Recorder
 from ..record.readings import Reading
 from .crosschecks import disagreements
 from .guard import Guard
+from .words import expected_words
 
 _UNREAD = 256
 """Readings kept for a loop that logs at a moment of its own."""
+
+
+def ignore(news: object) -> None:
+    """A recorder that takes no decisions, or no words beforehand."""
 
 
 class Output:
@@ -22,15 +28,21 @@ class Output:
         prefix: First part of every key.
         recorders: Where readings go.
         guard: Contains what recorders raise.
+        observables: What is measured; recorders are told the words for it.
     """
 
-    def __init__(self, prefix: str, recorders: Sequence[Recorder], guard: Guard) -> None:
+    def __init__(
+        self, prefix: str, recorders: Sequence[Recorder], guard: Guard, observables: Sequence[Observable]
+    ) -> None:
         self.latest: dict[str, Reading] = {}
         self._prefix = prefix
         self._recorders: list[Any] = list(recorders)
         self._guard = guard
         self._comparable: dict[str, Reading] = {}
         self._new: list[Reading] = []
+        self._observables = observables
+        words = expected_words(prefix, observables)
+        self.hand_on(lambda recorder: getattr(recorder, "expect", ignore)(words))
 
     def add(self, step: int, readings: list[Reading], groups: Sequence[GroupSettings]) -> None:
         """Keep one record, compare it with what is known, and hand it to the recorders.
@@ -43,10 +55,10 @@ class Output:
         by_key = {reading.key: reading for reading in readings}
         self.latest.update(by_key)
         self._comparable.update(by_key)
-        for key, message in disagreements(self._comparable, self._prefix, groups).items():
-            self._guard.warn(message, key)
         self._new = (self._new + readings)[-_UNREAD:]
         self.hand_on(lambda recorder: recorder(step, readings))
+        for key, message in disagreements(self._comparable, groups, self._observables).items():
+            self._guard.warn(message, key)
 
     def hand_on(self, call: Callable[[Any], None]) -> None:
         """Give every recorder something; one that fails is left out.

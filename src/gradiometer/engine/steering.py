@@ -10,7 +10,7 @@ import torch
 
 from .. import parallel
 from ..control import Controller, ControlPanel, View
-from ..control.panel import GROUP, QUANTITIES
+from ..control.panel import CHANGES, GROUP, QUANTITIES
 from ..optimizers import GroupSettings
 from ..record.readings import Decision, Reading, make_key, quantity_of
 from .guard import Guard
@@ -84,7 +84,7 @@ class Steering:
         decisions: list[Decision] = []
         if self.panel.due(step, recorded):
             decisions = self._decide(self.panel, view, recorded, together)
-        numbers["changes"] = float(self.panel.changes)
+        numbers[CHANGES] = float(self.panel.changes)
         return [self._reading(name, value) for name, value in numbers.items()], decisions
 
     def _decide(
@@ -107,9 +107,9 @@ class Steering:
         return decisions
 
     def _reading(self, name: str, value: float) -> Reading:
-        quantity = quantity_of(name, QUANTITIES)
+        quantity = quantity_of(name, QUANTITIES, GROUP)
         key = make_key(self._prefix, GROUP, name)
-        return Reading(key, value, 0.0, quantity.unit, quantity.sentence)
+        return Reading(key, value, 0.0, quantity.unit, quantity.sentence, quantity=quantity)
 
     def describe(self) -> list[str]:
         """What was decided, for the closing table."""

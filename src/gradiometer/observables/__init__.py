@@ -41,7 +41,7 @@ def gather(package: str, folder: Sequence[str]) -> dict[str, Any]:
     names: dict[str, Any] = {}
     for name in sorted(info.name for info in iter_modules(folder)):
         module = import_module(f"{package}.{name}")
-        for public in module.__all__:
+        for public in getattr(module, "__all__", ()):
             if public in names and names[public] is not getattr(module, public):
                 raise InputError(
                     f"two files of {package} list one name in __all__",

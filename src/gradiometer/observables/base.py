@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
@@ -11,8 +11,9 @@ from typing import Any, ClassVar, NamedTuple, cast
 from torch import Tensor
 
 from ..collect.snapshot import RENAMED, Snapshot, present_name
-from ..record.readings import Quantity
+from ..record.readings import Quantity, quantity_of
 from ..stats.estimators import Estimator, Last, Reference
+from .relations import CrossCheck
 from .schedules import Schedule, as_schedule
 
 __all__ = [
@@ -112,6 +113,9 @@ class Observable(ABC):
 
     group: ClassVar[str] = ""
     quantities: ClassVar[Mapping[str, Quantity]] = {}
+    """The words for every reading name: unit, sentence, verdict, chart and the row in the documentation."""
+    checks: ClassVar[Mapping[str, CrossCheck]] = {}
+    """By reading name, what other measurements say of it."""
     needs: ClassVar[frozenset[str]] = frozenset()
     level_needs: ClassVar[frozenset[str]] = frozenset()
     arrays: ClassVar[frozenset[str]] = frozenset()
@@ -140,6 +144,36 @@ class Observable(ABC):
         object.__setattr__(self, "schedule", as_schedule(self.schedule))
         if self.sampling is not None:
             object.__setattr__(self, "sampling", as_schedule(self.sampling))
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        """``<group>/<name>``, the key without the prefix.
+
+        Args:
+            name: A reading name, with ``/<section>`` where it belongs to one.
+
+        Raises:
+            InputError: If there are no words for it.
+
+        Example:
+            >>> from gradiometer import FluctuationDissipation
+            >>> FluctuationDissipation.key("ratio")
+            'fdr/ratio'
+        """
+        quantity_of(name, cls.quantities, cls.__name__)
+        return f"{cls.group}/{name}"
+
+    def check_words(self, names: Iterable[str]) -> None:
+        """Refuse a reading without words.
+
+        Args:
+            names: Names of what was read.
+
+        Raises:
+            InputError: With the line to write.
+        """
+        for name in names:
+            quantity_of(name, self.quantities, type(self).__name__)
 
     def due(self, step: int) -> bool:
         """Whether a reading is recorded at this step."""

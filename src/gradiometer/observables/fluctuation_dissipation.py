@@ -8,7 +8,7 @@ be multiplied by the weights. Equality says that the norm of the weights has sto
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -19,11 +19,14 @@ from torch import Tensor
 
 from ..collect.snapshot import Snapshot
 from ..errors import InputError
-from ..record.readings import Quantity
+from ..optimizers import GroupSettings
+from ..record.readings import Quantity, Reading, sibling
 from ..stats.estimators import Estimator, HalfRun, Last, Reference
 from ..stats.jackknife import correlated_jackknife, t_quantile
 from ..stats.stationarity import FEWEST_KNOTS, Answer, Floats, end_point_deviation, sasa_plus, stationary
 from .base import Estimate, Numbers, Observable
+from .gradient_noise_scale import BATCH_GRAD_SQ_NORM_KEY, of_all_parameters, of_mean_loss
+from .relations import STANDARD_ERRORS, CrossCheck, differs, widest
 from .schedules import Schedule, every
 
 __all__ = [
@@ -132,6 +135,95 @@ class _Form(NamedTuple):
         return (1 - mu) / (2 * lr * (1 - nu)) * weight_sq - coupled * weight_dot_velocity
 
 
+LEFT, RIGHT, RATIO = "left", "right", "ratio"
+STATIONARY, WEIGHT_NORM_SQ = "stationary", "weight_norm_sq"
+NEAR_ONE = 0.1
+"""In words, the ratio counts as 1 within this, if its error is below it too."""
+SPARSER = 5.0
+"""Updates that are sampled for one gradient, at the default cadences. Both averages are of the same squares,
+which have heavy tails late in training: the fewer samples have at least the root of this times the other's
+error."""
+
+
+def _ratio_says(reading: Reading, others: Mapping[str, Reading]) -> str:
+    away, error = abs(reading.number - 1), reading.stderr
+    decided = others.get(sibling(reading.key, STATIONARY))
+    decision = decided.number if decided is not None else math.nan
+    if decision == 0.0 or away - 2 * error > NEAR_ONE:
+        return "transient: the weights are still on their way. Keep the learning rate."
+    if decision == 1.0 or (decided is None and away < NEAR_ONE and error < NEAR_ONE):
+        return (
+            "stationary: the norm of the weights has stopped drifting. More steps at this learning "
+            "rate only average noise; lower it or stop."
+        )
+    return f"not resolved: {why_undecided(decided) or 'the window is still too short to tell'}."
+
+
+def _decision_says(reading: Reading, others: Mapping[str, Reading]) -> str:
+    if not reading.resolved:
+        return f"not decided: {why_undecided(reading)}."
+    if reading.number == 1.0:
+        return "the run has settled: lower the learning rate, raise the batch size, or stop."
+    return "the run is still on its way."
+
+
+def why_undecided(decision: Reading | None) -> str:
+    """Why the run is called neither stationary nor transient: the last part of the note.
+
+    Args:
+        decision: The reading ``stationary``, where there is one.
+    """
+    return decision.note.rpartition("; ")[2] if decision is not None else ""
+
+
+def _contradicted_by_gradient(readings: Mapping[str, Reading], groups: Sequence[GroupSettings]) -> str:
+    """The right side from the update, against that from the gradient."""
+    key = FluctuationDissipation.key(RIGHT)
+    work = _work_of_noise(readings, groups)
+    right = readings.get(key)
+    if work is None or right is None:
+        return ""
+    expected, error = work[0], max(work[1], math.sqrt(SPARSER) * right.stderr)
+    if not differs(right, expected, error):
+        return ""
+    return (
+        f"{key}, from the update, is {right.number:.3g} +- {right.stderr:.2g}; "
+        f"{BATCH_GRAD_SQ_NORM_KEY}, from the gradient, gives {expected:.3g} +- {error:.2g} for the same "
+        "at a stationary state. Something between the gradient and the update changes one of them: "
+        "clipping after before_step(), or a scaled loss."
+    )
+
+
+def _work_of_noise(
+    readings: Mapping[str, Reading], groups: Sequence[GroupSettings]
+) -> tuple[float, float] | None:
+    """FDR1's right side ``eta/2 (|G|^2 + S/B)`` and its error, where plain SGD makes that a relation.
+
+    The windows of both readings differ, so it is one at a stationary state only. Weight decay acts on the
+    update and not on the gradient measured: with F = G + lambda theta and <theta . F> = right,
+    ``right (1 - eta lambda) = eta/2 (|G|^2 + S/B - lambda^2 |theta|^2)``.
+    """
+    batch = readings.get(BATCH_GRAD_SQ_NORM_KEY)
+    weights = readings.get(FluctuationDissipation.key(WEIGHT_NORM_SQ))
+    decision = readings.get(FluctuationDissipation.key(STATIONARY))
+    if not groups or batch is None or weights is None or decision is None:
+        return None
+    first = groups[0]
+    plain = first.is_sgd and not first.momentum
+    if not plain or any((g.lr, g.weight_decay, g.momentum) != _settings(first) for g in groups):
+        return None
+    if decision.number != 1.0 or not of_all_parameters(batch) or not of_mean_loss(batch):
+        return None
+    lr, decay = first.lr, first.weight_decay
+    pulled = decay**2 * weights.number
+    factor = lr / 2 / (1 - lr * decay)
+    return factor * (batch.number - pulled), factor * widest(batch) / STANDARD_ERRORS
+
+
+def _settings(group: GroupSettings) -> tuple[float, float, float]:
+    return group.lr, group.weight_decay, group.momentum
+
+
 Test = Literal["tolerance", "sasa", "sasa_blocks"]
 
 
@@ -183,14 +275,77 @@ class FluctuationDissipation(Observable):
     level_needs: ClassVar[frozenset[str]] = frozenset({"weights"})
     default_estimator: ClassVar[type[Estimator]] = HalfRun
     restarts: ClassVar[frozenset[str]] = frozenset({"settings", "parameters"})
+    checks: ClassVar[Mapping[str, CrossCheck]] = {RIGHT: _contradicted_by_gradient}
     quantities: ClassVar[Mapping[str, Quantity]] = {
-        "left": Quantity("loss", "Left side, the mean of weights times gradient."),
-        "right": Quantity("loss", "Right side, the mean squared update."),
-        "ratio": Quantity("1", "Left over right: 1 at a stationary state."),
-        "stationary": Quantity("1", "1 where the run has settled, 0 where it has not."),
-        "resolution": Quantity("1", "Standard deviation of the ratio at a stationary state."),
-        "weight_norm_sq": Quantity("parameter^2", "Squared norm of the weights."),
-        "residual": Quantity("1", "Violation of the identity, relative to the right side."),
+        LEFT: Quantity(
+            "loss",
+            "Left side, the mean of weights times gradient.",
+            chart="fluctuation and dissipation",
+            formula="`<theta . g>`",
+            cost="norm of the weights",
+            source="arXiv:1810.00004, FDR1",
+            tells="pull of the gradient on the weights",
+        ),
+        RIGHT: Quantity(
+            "loss",
+            "Right side, the mean squared update.",
+            chart="fluctuation and dissipation",
+            formula="`(1 + mu) / (2 (1 - nu)) eta <‖v‖²>`",
+            cost="norm of the update, every 10 steps",
+            source="arXiv:1810.00004, FDR1'",
+            tells="work done by the fluctuations",
+        ),
+        RATIO: Quantity(
+            "1",
+            "Left over right: 1 at a stationary state.",
+            verdict=_ratio_says,
+            chart="stationary? (fdr ratio)",
+            formula="left / right",
+            source="arXiv:1810.00004",
+            tells="1 within its error: the norm of the weights has stopped drifting",
+            act="stationary: lower the learning rate or stop; transient: go on",
+        ),
+        STATIONARY: Quantity(
+            "1",
+            "1 where the run has settled, 0 where it has not.",
+            verdict=_decision_says,
+            chart="stationary: 1, not: 0",
+            formula=(
+                "1 if `abs(r) < X` over the window, `< 3X` over both its halves, also a fifth of the "
+                "window earlier, and `s < X`; 0 if `abs(r) - 2s > X` or one of them fails; with `r = "
+                "ratio - 1`, `X = tolerance`, `s = resolution`"
+            ),
+            source="arXiv:1810.00004; halves, second check and resolution are added",
+            tells="1: the run has settled at this learning rate; nan: the note says why it is not decided",
+            act="as for the ratio",
+        ),
+        "resolution": Quantity(
+            "1",
+            "Standard deviation of the ratio at a stationary state.",
+            formula=(
+                "standard deviation of the ratio at a stationary state, from the scatter of its end points"
+            ),
+            source="summation by parts",
+            tells="the tolerance that this window can tell from 0; it falls as 1/T",
+            act="above the tolerance: go on measuring",
+        ),
+        WEIGHT_NORM_SQ: Quantity(
+            "parameter^2",
+            "Squared norm of the weights.",
+            formula="`‖theta‖²`",
+            cost="norm of the weights",
+            tells="what the relation is about",
+            act="grows without end: there is no weight decay and no stationary state",
+        ),
+        "residual": Quantity(
+            "1",
+            "Violation of the identity, relative to the right side.",
+            formula="(measured left − left) / right",
+            cost="a copy of the weights per step",
+            source="summation by parts",
+            tells="only with `verify=True`; must be at rounding level",
+            act="larger: something else changes the weights",
+        ),
     }
 
     schedule: Schedule | int = 50
@@ -283,11 +438,11 @@ class FluctuationDissipation(Observable):
             norms = now["weight_norm_sq"].numpy()
             window = _window(now, reference)
             sections = norms.shape[-1]
-            readings = {"weight_norm_sq": norms.sum(-1), **self._sides(window, slice(None), "")}
+            readings = {WEIGHT_NORM_SQ: norms.sum(-1), **self._sides(window, slice(None), "")}
             for u in range(sections) if sections > 1 else ():
                 if window is None or window.moves[u]:
                     readings |= self._sides(window, slice(u, u + 1), f"/{u}")
-                    readings[f"weight_norm_sq/{u}"] = norms[..., u]
+                    readings[f"{WEIGHT_NORM_SQ}/{u}"] = norms[..., u]
             return readings
 
     def _sides(self, window: _Window | None, columns: slice, name: str) -> dict[str, Floats | Estimate]:
@@ -304,11 +459,11 @@ class FluctuationDissipation(Observable):
         resolved = not unknown or not right[0]  # where nothing moves there is no ratio to resolve
         right_error, _ = _block_error(right[:1], right[1:], window.left_out)
         sides: dict[str, Floats | Estimate] = {
-            "left": Estimate(left, math.hypot(right_error, drift_error)),
-            "right": right,
-            "ratio": Estimate(_ratio(left, right), resolution, resolved=resolved, note=unknown),
+            LEFT: Estimate(left, math.hypot(right_error, drift_error)),
+            RIGHT: right,
+            RATIO: Estimate(_ratio(left, right), resolution, resolved=resolved, note=unknown),
             "resolution": Estimate(resolution, math.nan, resolved=not unknown, note=unknown),
-            "stationary": Estimate(
+            STATIONARY: Estimate(
                 decision.value, math.nan, resolved=not math.isnan(decision.value), note=decision.reason
             ),
         }

@@ -53,7 +53,16 @@ class GradientCosine(Observable):
     default_estimator: ClassVar[type[Estimator]] = Window
     restarts: ClassVar[frozenset[str]] = frozenset({"parameters"})
     quantities: ClassVar[Mapping[str, Quantity]] = {
-        "cosine": Quantity("1", "Cosine between this step's gradient and the previous step's."),
+        "cosine": Quantity(
+            "1",
+            "Cosine between this step's gradient and the previous step's.",
+            formula="`<g_t . g_(t-1)> / sqrt(<‖g_t‖²> <‖g_(t-1)‖²>)`, unclipped",
+            cost="two copies of the gradient and three inner products",
+            source="arXiv:1812.06162, appendix A.1; arXiv:2103.00065",
+            tells="with independent batches about `B / (B + B_simple)`, the share of signal in the squared "
+            "gradient; below 0: steps jump to and fro across a valley",
+            act="below 0: lower the learning rate",
+        ),
     }
 
     schedule: Schedule | int = 50

@@ -8,7 +8,7 @@ noise. They are reported under separate names and never share an axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,12 +21,14 @@ from ..autodiff.functional import call, check_inputs, examples, measuring, outsi
 from ..autodiff.tape import LayerTape
 from ..collect.snapshot import GradientParts, Snapshot
 from ..errors import InputError, SampleSkippedError, UnsupportedError
+from ..optimizers import GroupSettings
 from ..parallel import world_size
-from ..record.readings import Quantity
+from ..record.readings import Quantity, Reading, sibling
 from ..stats.estimators import Estimator, Reference, Window
 from ..stats.jackknife import jackknife_covariance, ratio_interval, t_quantile
 from ..stats.linalg import accumulation_dtype
 from .base import Estimate, Numbers, Observable, Sample
+from .relations import CrossCheck, differs
 from .schedules import Schedule
 
 __all__ = [
@@ -302,8 +304,79 @@ def sgd_noise_scale(
     return lr * ratio / (2.0 * (1.0 - momentum))
 
 
+SCALE, SCALE_LOWER_BOUND, CRITICAL_BATCH_FRACTION = "scale", "scale_lower_bound", "critical_batch_fraction"
+TRACE, GRAD_SQ_NORM, BATCH_GRAD_SQ_NORM = "trace", "grad_sq_norm", "batch_grad_sq_norm"
+SOURCE_RATIO = "source_ratio"
 NEAR = 0.5
 """B_simple above this share of the data set is said to be near it."""
+SMALL_BATCH, LARGE_BATCH = 0.1, 0.9
+"""Critical-batch fraction below the first is noise-limited, above the second wasteful."""
+WITHOUT_REPLACEMENT = "batches are drawn without replacement"
+OF_THE_DATA_SET = "examples of the data set"
+"""Parts of notes that verdicts look for."""
+
+
+def _reduction(loss_reduction: str) -> str:
+    return f"loss_reduction={loss_reduction}"
+
+
+def _coverage(share: float) -> str:
+    return f"over {100 * share:.0f} % of parameters"
+
+
+def of_mean_loss(reading: Reading) -> bool:
+    """Whether a reading's note says that the loss is a mean over the batch.
+
+    Args:
+        reading: One of :class:`GradientNoiseScale`.
+    """
+    return _reduction("mean") in reading.note
+
+
+def of_all_parameters(reading: Reading) -> bool:
+    """Whether a reading's note says that it covers all parameters.
+
+    Args:
+        reading: One of :class:`GradientNoiseScale`.
+    """
+    return _coverage(1.0) in reading.note
+
+
+def _scale_says(reading: Reading, others: Mapping[str, Reading]) -> str:
+    if not reading.resolved:
+        bound = f" at least {reading.low:.3g}" if math.isfinite(reading.low) else ""
+        return f"not resolved,{bound}: the gradient is below its own noise; average longer."
+    if OF_THE_DATA_SET in reading.note:
+        return "about as large as the data set: the noise of the whole set is all that can be seen of it."
+    reached = others.get(sibling(reading.key, CRITICAL_BATCH_FRACTION))
+    fraction = reached.number if reached is not None else math.nan
+    if fraction < SMALL_BATCH:
+        return "noise-limited: a batch up to this size would save steps almost in proportion."
+    if fraction > LARGE_BATCH:
+        return "the batch is larger than the noise asks for: smaller ones would cost few extra steps."
+    return "the batch is of the order of the noise scale: a balanced choice."
+
+
+def _heat_says(reading: Reading, others: Mapping[str, Reading]) -> str:
+    if WITHOUT_REPLACEMENT in reading.note:
+        return (
+            f"{reading.sentence} Batches are drawn without replacement, so directions that need longer than "
+            "an epoch to relax are colder than this."
+        )
+    return reading.sentence
+
+
+def _contradicted_by_second_source(readings: Mapping[str, Reading], groups: Sequence[GroupSettings]) -> str:
+    """The trace from ``cross_check`` against that from the first source."""
+    ratio = readings.get(GradientNoiseScale.key(SOURCE_RATIO))
+    if ratio is None or not differs(ratio, 1.0, 0.0):
+        return ""
+    return (
+        f"two sources of the noise scale disagree: the trace from the second is {ratio.number:.3g} +- "
+        f"{ratio.stderr:.2g} times that from the first ({ratio.note}). One of them does not see the "
+        "gradient that trains the model."
+    )
+
 
 Source = Literal["auto", "per example", "norm layers", "split batch"]
 _FIELDS: Mapping[str, str] = {
@@ -374,20 +447,136 @@ class GradientNoiseScale(Observable):
     group: ClassVar[str] = "noise"
     default_estimator: ClassVar[type[Estimator]] = Window
     restarts: ClassVar[frozenset[str]] = frozenset({"parameters"})
+    checks: ClassVar[Mapping[str, CrossCheck]] = {SOURCE_RATIO: _contradicted_by_second_source}
     quantities: ClassVar[Mapping[str, Quantity]] = {
-        "scale": Quantity("samples", "B_simple, the batch at which noise and signal balance."),
-        "scale_lower_bound": Quantity("samples", "Lower end of the 95 % interval of B_simple."),
-        "trace": Quantity("loss^2/parameter^2 samples", "Trace of the per-example covariance."),
-        "grad_sq_norm": Quantity("loss^2/parameter^2", "Squared norm of the true gradient."),
-        "batch_grad_sq_norm": Quantity("loss^2/parameter^2", "Squared norm of the batch gradient."),
-        "critical_batch_fraction": Quantity("1", "B / (B + B_simple), near 1 for wasteful batches."),
-        "sgd_scale": Quantity("parameter^2/loss samples", "SGD's g = eps N / 2B with momentum."),
-        "temperature": Quantity("loss", "Temperature of SGD's noise per parameter, mean loss."),
-        "norm_layer_factor": Quantity("1", "B_simple of all parameters over that of the norm layers."),
-        "source_ratio": Quantity("1", "Trace from the second source over that from the first."),
-        "preconditioned_scale": Quantity("samples", "B_simple of the gradient as Adam rescales it."),
-        "preconditioned_trace": Quantity("samples", "Trace of the covariance as Adam rescales it."),
-        "preconditioned_grad_sq_norm": Quantity("1", "Squared norm of the gradient as Adam rescales it."),
+        SCALE: Quantity(
+            "samples",
+            "B_simple, the batch at which noise and signal balance.",
+            verdict=_scale_says,
+            chart="batch size right? (noise scale)",
+            formula="`B_simple = tr(Sigma) / ‖G‖²`, ratio of averages",
+            cost="hooks on one training step",
+            source="arXiv:1812.06162, appendix A",
+            tells="the batch at which noise and signal balance",
+            act="far above the batch: larger batches save steps; far below: they are wasted",
+        ),
+        SCALE_LOWER_BOUND: Quantity(
+            "samples",
+            "Lower end of the 95 % interval of B_simple.",
+            formula="lower end of Fieller's 95 % interval",
+            cost="with it",
+            source="Fieller 1954",
+            tells="what is known of `B_simple` where it is not resolved",
+        ),
+        TRACE: Quantity(
+            "loss^2/parameter^2 samples",
+            "Trace of the per-example covariance.",
+            formula="`tr(Sigma)`, covariance of the per-example gradient",
+            cost="with it",
+            source="arXiv:1812.06162, appendix A",
+            tells="size of the noise",
+        ),
+        GRAD_SQ_NORM: Quantity(
+            "loss^2/parameter^2",
+            "Squared norm of the true gradient.",
+            formula="`‖G‖²`, unbiased",
+            cost="with it",
+            source="arXiv:1812.06162, appendix A",
+            tells="size of the signal; an average at or below 0 means not resolved",
+            act="average longer",
+        ),
+        BATCH_GRAD_SQ_NORM: Quantity(
+            "loss^2/parameter^2",
+            "Squared norm of the batch gradient.",
+            formula="mean of `‖g_B‖²`, which is `‖G‖² + tr(Sigma)/B`",
+            cost="with it",
+            source="arXiv:1812.06162, appendix A",
+            tells=(
+                "what the update is made of; at a stationary state of plain SGD `eta/2` times it is "
+                "FDR1's right side"
+            ),
+        ),
+        CRITICAL_BATCH_FRACTION: Quantity(
+            "1",
+            "B / (B + B_simple), near 1 for wasteful batches.",
+            chart="critical batch fraction",
+            formula="`B / (B + B_simple)`",
+            cost="with it",
+            source="arXiv:1812.06162",
+            tells="share of the best possible progress per step that this batch reaches",
+            act="below 0.1 noise-limited, above 0.9 wasteful",
+        ),
+        "sgd_scale": Quantity(
+            "parameter^2/loss samples",
+            "SGD's g = eps N / 2B with momentum.",
+            verdict=_heat_says,
+            chart="SGD noise scale",
+            formula="`g = eps (1 - nu) / (2 (1 - mu)) (N - B)/B N/(N - 1)`, of the last record",
+            cost="none",
+            source="arXiv:1710.06451; arXiv:1711.00489",
+            tells="strength of SGD's own noise; only for `torch.optim.SGD` and a data set of known size",
+            act="cut it by lowering the rate or raising the batch",
+        ),
+        "temperature": Quantity(
+            "loss",
+            "Temperature of SGD's noise per parameter, mean loss.",
+            verdict=_heat_says,
+            chart="SGD temperature",
+            formula="`g tr(Sigma) / (N P)`, with `g` as above",
+            cost="with scale",
+            source="arXiv:1710.06451",
+            tells="noise per parameter for the mean loss",
+            act="sets the floor of the loss at this rate",
+        ),
+        "norm_layer_factor": Quantity(
+            "1",
+            "B_simple of all parameters over that of the norm layers.",
+            formula="`B_simple` of all parameters over that of the norm layers",
+            cost="with scale",
+            source="arXiv:2411.00999",
+            tells='only with `source="norm layers"`: the measured calibration',
+            act="far from steady: take another source",
+        ),
+        SOURCE_RATIO: Quantity(
+            "1",
+            "Trace from the second source over that from the first.",
+            formula="`tr(Sigma)` from `cross_check` over that from the first source",
+            cost="that of the second source",
+            source="arXiv:1812.06162",
+            tells=(
+                "only with `cross_check=`: 1 within its error; `nan` where the two cover different parameters"
+            ),
+            act="further than four errors from 1: one of the sources is wrong here",
+        ),
+        "preconditioned_scale": Quantity(
+            "samples",
+            "B_simple of the gradient as Adam rescales it.",
+            formula="`tr(P Sigma P) / ‖P G‖²`, `P = 1/(sqrt(v) + eps)` before the step",
+            cost="up to 0.8 of a training step more than `scale`",
+            source="arXiv:1812.06162 in the metric of arXiv:1412.6980",
+            tells=(
+                "only with `preconditioned=True`, Adam and AdamW: the critical batch of the step Adam "
+                "makes; blind to how layers are scaled"
+            ),
+            act="as `scale`, under Adam",
+        ),
+        "preconditioned_trace": Quantity(
+            "samples",
+            "Trace of the covariance as Adam rescales it.",
+            formula="`tr(P Sigma P)`",
+            cost="with it",
+            source="the same",
+            tells="size of the noise as Adam rescales it",
+        ),
+        "preconditioned_grad_sq_norm": Quantity(
+            "1",
+            "Squared norm of the gradient as Adam rescales it.",
+            formula="`‖P G‖²`, unbiased",
+            cost="with it",
+            source="the same",
+            tells="size of the signal as Adam rescales it",
+            act="average longer if at or below 0",
+        ),
     }
 
     schedule: Schedule | int = 50
@@ -522,19 +711,16 @@ class GradientNoiseScale(Observable):
     def note(self, snapshot: Snapshot) -> str:
         """Source, reduction, coverage, sampling."""
         parts: GradientParts = getattr(snapshot, _FIELDS[self.source])
-        text = (
-            f"{parts.source}, loss_reduction={snapshot.loss_reduction}, "
-            f"over {100 * parts.coverage:.0f} % of parameters"
-        )
+        text = f"{parts.source}, {_reduction(snapshot.loss_reduction)}, {_coverage(parts.coverage)}"
         if parts.skipped:
             names = sorted(parts.skipped)
             text += f"; skipped: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
         if snapshot.has("replacement") and not snapshot.replacement:
-            text += "; batches are drawn without replacement"
+            text += f"; {WITHOUT_REPLACEMENT}"
         if self.cross_check is not None and snapshot.has(_FIELDS[self.cross_check]):
             other: GradientParts = getattr(snapshot, _FIELDS[self.cross_check])
             verb = "checked against" if comparable(parts, other) else "not comparable with"
-            text += f"; {verb}: {other.source}, over {100 * other.coverage:.0f} % of parameters"
+            text += f"; {verb}: {other.source}, {_coverage(other.coverage)}"
         return text
 
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
@@ -599,6 +785,10 @@ class GradientNoiseScale(Observable):
         return readings
 
 
+BATCH_GRAD_SQ_NORM_KEY = GradientNoiseScale.key(BATCH_GRAD_SQ_NORM)
+"""For the relation that another observable checks it by."""
+
+
 def comparable(first: GradientParts, second: GradientParts) -> bool:
     """Whether two sources look at the same numbers of parameters in every section.
 
@@ -638,7 +828,7 @@ def _beside(scale: Estimate, dataset_size: float) -> Estimate:
     least = scale.low if math.isnan(value) else value
     if least is None or not least > NEAR * dataset_size:
         return scale
-    beside = f"near the {dataset_size:.0f} examples of the data set, beyond which it cannot be measured"
+    beside = f"near the {dataset_size:.0f} {OF_THE_DATA_SET}, beyond which it cannot be measured"
     return scale._replace(note="; ".join(filter(None, (scale.note, beside))))
 
 

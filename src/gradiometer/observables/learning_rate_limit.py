@@ -20,7 +20,7 @@ from ..autodiff.spectrum import TOLERANCE, Curvature, CurvatureKind
 from ..collect.snapshot import Snapshot
 from ..errors import InputError, SampleSkippedError, UnsupportedError
 from ..optimizers import ParameterStep
-from ..record.readings import Quantity
+from ..record.readings import Quantity, Reading
 from ..stats.estimators import Reference
 from .base import Estimate, Numbers, Observable
 from .neural_tangent_kernel import checked_weights
@@ -228,6 +228,26 @@ def _check_numbers(fraction: float, weight_decay: float, max_products: int) -> N
         raise InputError("max_products must be at least 1", got=max_products, fix="Write max_products=100.")
 
 
+EDGE = 0.9
+"""A learning rate above this share of its limit counts as at the edge of stability."""
+
+
+def _over_limit_says(reading: Reading, others: Mapping[str, Reading]) -> str:
+    value, error = reading.number, reading.stderr if math.isfinite(reading.stderr) else 0.0
+    if not reading.resolved:
+        return f"not resolved, at least {reading.low:.3g}: the largest curvature was not found."
+    if value <= 0:
+        return "no curvature is positive on the probe, so nothing limits the learning rate there."
+    if value - 2 * error > 1:
+        return (
+            f"beyond the edge of stability: unless the loss falls all the same, divide the learning rate by "
+            f"{value / EDGE:.2g}."
+        )
+    if value + 2 * error < EDGE:
+        return f"stable: full-batch descent would bear {1 / value:.2g} times the learning rate."
+    return "at the edge of stability: the learning rate sets the curvature. Lower it if the loss swings."
+
+
 @dataclass(frozen=True, kw_only=True)
 class LearningRateLimit(Observable):
     r"""The learning rate over the limit of stability, for the optimizer's own steps.
@@ -270,8 +290,39 @@ class LearningRateLimit(Observable):
     group: ClassVar[str] = "control"
     level_needs: ClassVar[frozenset[str]] = frozenset({"probe", "parameter_steps"})
     quantities: ClassVar[Mapping[str, Quantity]] = {
-        "lr_over_limit": Quantity("1", "Learning rate over the largest one that is stable on the probe."),
-        "lr_limit": Quantity("1", "Largest stable learning rate of the first group."),
+        "lr_over_limit": Quantity(
+            "1",
+            "Learning rate over the largest one that is stable on the probe.",
+            verdict=_over_limit_says,
+            chart="learning rate over its limit",
+            formula=(
+                "largest eigenvalue of `C^1/2 (H + lambda) C^1/2 + eta lambda_d / 2`, `C = eta P / c`, "
+                "with `c` the constant above, `P` Adam's `1/(sqrt(v) + eps)` or 1, `lambda` the L2 and "
+                "`lambda_d` the decoupled decay"
+            ),
+            cost=(
+                "mostly 10 to 20 Hessian products of the probe, each about two backward passes, and nine "
+                "more for the error"
+            ),
+            source="arXiv:2103.00065; under Adam arXiv:2207.14484",
+            tells=(
+                "below 1 the quadratic expansion is stable; near 1 training is at the edge of stability, "
+                "where descent hovers by itself"
+            ),
+            act=(
+                "above 1 and the loss does not fall: divide the learning rate by it; far below 1: there "
+                "is room, less for small batches"
+            ),
+        ),
+        "lr_limit": Quantity(
+            "1",
+            "Largest stable learning rate of the first group.",
+            formula="learning rate / `lr_over_limit`, of the first group with the others in proportion",
+            cost="with it",
+            source="the same",
+            tells="the learning rate at the edge",
+            act="keep below it, say at half of it",
+        ),
     }
 
     schedule: Schedule | int = 1000

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, overload
 
 import torch
@@ -32,7 +32,7 @@ from ..autodiff.ntk import KernelRequest, tangent_kernel
 from ..autodiff.tape import LayerTape
 from ..collect.snapshot import Probe, Snapshot
 from ..errors import InputError, UnsupportedError
-from ..record.readings import Quantity
+from ..record.readings import Quantity, Reading
 from ..stats.estimators import Reference
 from ..stats.jackknife import delete_block_jackknife
 from ..stats.linalg import random_orthonormal_rows
@@ -601,6 +601,18 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum() / (a.norm() * b.norm())
 
 
+LAZY, FEATURES = 0.1, 0.3
+"""Relative kernel drift below the first is lazy training, above the second feature learning."""
+
+
+def _drift_says(reading: Reading, others: Mapping[str, Reading]) -> str:
+    if reading.number < LAZY:
+        return "lazy so far: the kernel is close to its first value; the network acts like a linear model."
+    if reading.number > FEATURES:
+        return "learning features: the kernel has changed a good part of itself."
+    return "between lazy and feature learning."
+
+
 @dataclass(frozen=True, kw_only=True)
 class NeuralTangentKernel(Observable):
     """The kernel on the probe: drift, distance, angular velocity, alignment, spectrum.
@@ -639,17 +651,119 @@ class NeuralTangentKernel(Observable):
     level_needs: ClassVar[frozenset[str]] = frozenset({"probe"})
     arrays: ClassVar[frozenset[str]] = frozenset({"kernel", "spectrum"})
     quantities: ClassVar[Mapping[str, Quantity]] = {
-        "drift": Quantity("1", "Relative Frobenius distance of the kernel from the first one."),
-        "distance": Quantity("1", "One minus the cosine with the first kernel; blind to scale."),
-        "velocity": Quantity("rad/step", "Angle turned since the last record, per step."),
-        "alignment": Quantity("1", "Centred alignment with the targets."),
-        "trace": Quantity("output^2/parameter^2", "Mean of the kernel's diagonal over examples."),
-        "top_eigenvalue": Quantity("output^2/parameter^2", "Largest eigenvalue on the probe."),
-        "smallest_eigenvalue": Quantity("output^2/parameter^2", "Smallest eigenvalue on the probe."),
-        "effective_rank": Quantity("1", "Number of directions that share the spectrum."),
-        "off_diagonal": Quantity("1", "Share of the norm in blocks between different outputs."),
-        "kernel": Quantity("output^2/parameter^2", "The kernel on the probe."),
-        "spectrum": Quantity("output^2/parameter^2", "Its eigenvalues in ascending order."),
+        "drift": Quantity(
+            "1",
+            "Relative Frobenius distance of the kernel from the first one.",
+            verdict=_drift_says,
+            chart="learning features? (kernel drift)",
+            formula="`‖Theta - Theta_0‖_F / ‖Theta_0‖_F`",
+            cost=(
+                "O backward passes of the probe (8 beyond 16 outputs), and about as much again in products"
+            ),
+            source="arXiv:1902.06720",
+            tells="below 0.1 training is lazy; it sees scale as well as direction",
+            act="lazy and not meant to be: raise the learning rate, or train a narrower or deeper network",
+        ),
+        "distance": Quantity(
+            "1",
+            "One minus the cosine with the first kernel; blind to scale.",
+            chart="kernel direction",
+            formula="`1 - <Theta, Theta_0> / (‖Theta‖ ‖Theta_0‖)`",
+            cost="with drift",
+            source="arXiv:2010.15110",
+            tells=(
+                "turning of the kernel, blind to its scale; quadratic in small changes, so do not "
+                "compare it with drift"
+            ),
+            act="as drift",
+        ),
+        "velocity": Quantity(
+            "rad/step",
+            "Angle turned since the last record, per step.",
+            chart="kernel velocity",
+            formula="`2 asin(sqrt(S / 2)) / steps` between records",
+            cost="with drift",
+            source="angle of the distance of arXiv:2010.15110",
+            tells="how fast the kernel turns, whatever the cadence",
+            act="a velocity that has died down means the features are settled",
+        ),
+        "alignment": Quantity(
+            "1",
+            "Centred alignment with the targets.",
+            chart="kernel direction",
+            formula="`<H Theta H, H Y Y^T H> / (norms)`",
+            cost="with drift",
+            source="Cortes et al. 2012, JMLR 13:795",
+            tells="how well the kernel knows the targets; absent without targets",
+            act="a rise is feature learning in the right direction",
+        ),
+        "top_eigenvalue": Quantity(
+            "output^2/parameter^2",
+            "Largest eigenvalue on the probe.",
+            chart="kernel spectrum",
+            formula="largest eigenvalue on the probe",
+            cost="with drift",
+            source="arXiv:1902.06720",
+            tells=(
+                "with one output, full-batch gradient descent on half the mean squared error is stable "
+                "for `eta < 2 N / lambda_max`, on `nn.MSELoss` for half of that"
+            ),
+            act='keep the learning rate below it for that loss; with several outputs use `outputs="full"`',
+        ),
+        "smallest_eigenvalue": Quantity(
+            "output^2/parameter^2",
+            "Smallest eigenvalue on the probe.",
+            chart="kernel spectrum",
+            formula="smallest eigenvalue on the probe",
+            cost="with drift",
+            source="arXiv:1902.06720",
+            tells="the slowest direction of linearised training",
+            act="near 0: some examples cannot be told apart",
+        ),
+        "trace": Quantity(
+            "output^2/parameter^2",
+            "Mean of the kernel's diagonal over examples.",
+            chart="kernel spectrum",
+            formula="mean of the diagonal",
+            cost="with drift",
+            source="arXiv:1806.07572",
+            tells="overall size of the kernel",
+            act="the largest stable rate falls as it grows",
+        ),
+        "effective_rank": Quantity(
+            "1",
+            "Number of directions that share the spectrum.",
+            formula="`(sum lambda)² / sum lambda²`",
+            cost="with drift",
+            source="participation ratio",
+            tells="how many directions share the kernel; depends on the probe size",
+            act="compare runs on one probe only",
+        ),
+        "off_diagonal": Quantity(
+            "1",
+            "Share of the norm in blocks between different outputs.",
+            formula="norm of the blocks between outputs / norm",
+            cost="with drift",
+            source="arXiv:2206.12543",
+            tells='only with `outputs="full"`; near 0 at initialisation of wide networks',
+            act="large: the trace kernel leaves something out",
+        ),
+        "kernel": Quantity(
+            "output^2/parameter^2",
+            "The kernel on the probe.",
+            formula="the kernel, as an image",
+            cost="with drift",
+            source="arXiv:1806.07572",
+            tells="blocks of one class brighten as features form",
+        ),
+        "spectrum": Quantity(
+            "output^2/parameter^2",
+            "Its eigenvalues in ascending order.",
+            formula="its eigenvalues, as a histogram",
+            cost="with drift",
+            source="arXiv:1806.07572",
+            tells="how uneven the directions are",
+        ),
     }
 
     schedule: Schedule | int = log_spaced(until=1000) | every(500)
@@ -667,6 +781,9 @@ class NeuralTangentKernel(Observable):
         if self.preconditioned:
             object.__setattr__(self, "group", "preconditioned_ntk")
             object.__setattr__(self, "level_needs", self.level_needs | {"step_factors"})
+            # it also moves with the optimizer's state, and the charts are those of the plain kernel
+            plain = {n: replace(words, verdict=None, chart="") for n, words in self.quantities.items()}
+            object.__setattr__(self, "quantities", plain)
 
     def levels(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """The kernel at this step, and that of the targets where there are any."""

@@ -196,11 +196,45 @@ class NoiseCurvature(Observable):
     default_estimator: ClassVar[type[Estimator]] = Window
     restarts: ClassVar[frozenset[str]] = frozenset({"parameters"})
     quantities: ClassVar[Mapping[str, Quantity]] = {
-        "scale": Quantity("samples", "B_noise, the batch at which noise and signal cost one step alike."),
-        "scale_lower_bound": Quantity("samples", "Lower end of the 95 % interval of B_noise."),
-        "curvature": Quantity("loss/parameter^2", "Mean curvature in the directions of the noise."),
+        "scale": Quantity(
+            "samples",
+            "B_noise, the batch at which noise and signal cost one step alike.",
+            formula=(
+                "`B_noise = Tr(H Sigma) / (G^T H G)`, ratio of averages from distinct parts of the batch"
+            ),
+            cost="about 8 training steps: 3 gradients and 6 Hessian products of a third of the batch each",
+            source="arXiv:1812.06162, section 2.2",
+            tells="the batch at which noise costs one step as much as the curvature along the gradient",
+            act="as `B_simple`, which counts flat directions alike",
+        ),
+        "scale_lower_bound": Quantity(
+            "samples",
+            "Lower end of the 95 % interval of B_noise.",
+            formula="lower end of Fieller's 95 % interval",
+            cost="with scale",
+            source="Fieller 1954",
+            tells="what is known of `B_noise` where it is not resolved",
+        ),
+        "curvature": Quantity(
+            "loss/parameter^2",
+            "Mean curvature in the directions of the noise.",
+            formula="`Tr(H Sigma) / Tr(Sigma)`",
+            cost="with scale",
+            source="arXiv:1812.06162, section 2.2",
+            tells="mean curvature in the directions of the noise",
+            act="grows with the learning rate held: the run moves into a sharper region",
+        ),
         "best_lr": Quantity(
-            "parameter^2/loss", "Learning rate that lowers the loss most in one step of SGD."
+            "parameter^2/loss",
+            "Learning rate that lowers the loss most in one step of SGD.",
+            formula="`‖G‖² / (G^T H G + Tr(H Sigma) / B)`, mean loss",
+            cost="with scale",
+            source="arXiv:1812.06162, section 2.2",
+            tells=(
+                "the learning rate of the best single step of plain SGD; half of its own rate where "
+                "plain SGD is stationary"
+            ),
+            act="far above the rate: raise it; at half of it: settled, lower it to go on",
         ),
     }
 

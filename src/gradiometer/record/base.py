@@ -12,8 +12,9 @@ from .readings import Reading
 class Recorder(Protocol):
     """Takes the readings of one step.
 
-    Two more methods are called where they are there: ``record_decisions(decisions)`` with what controllers
-    decided, and ``close()`` at the end.
+    Three more methods are called where they are there: ``expect(quantities)`` before the first record, with
+    the words for what the run may read by full key; ``record_decisions(decisions)`` with what controllers
+    decided; and ``close()`` at the end.
     """
 
     def __call__(self, step: int, readings: Sequence[Reading]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .readings import Decision, Reading, scalars
-from .tensorboard import custom_scalars_layout, write_arrays, write_decisions
+from .readings import Decision, Quantity, Reading, scalars
+from .tensorboard import custom_scalars_layout, with_words, write_arrays, write_decisions
 
 
 class LoggersRecorder:
@@ -32,11 +32,17 @@ class LoggersRecorder:
         self._loggers = list(loggers)
         self._prefix, self._layout = prefix, layout
         self._boards = [one for one in self._loggers if type(one).__name__ == "TensorBoardLogger"]
+        self._expected: dict[str, Quantity] = {}
+
+    def expect(self, quantities: Mapping[str, Quantity]) -> None:
+        """The words for what the run may read, by full key; they make the charts of the layout."""
+        self._expected.update(quantities)
 
     def __call__(self, step: int, readings: Sequence[Reading]) -> None:
         """Log one record, before the first one the layout."""
         for board in self._boards if self._layout else ():
-            board.experiment.add_custom_scalars(custom_scalars_layout(self._prefix, readings))
+            words = with_words(self._expected, readings)
+            board.experiment.add_custom_scalars(custom_scalars_layout(self._prefix, words))
         self._layout = False
         numbers = scalars(list(readings))
         for logger in self._loggers:

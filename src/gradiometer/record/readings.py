@@ -6,9 +6,11 @@ Free of torch, so that a dashboard or a report can read records without importin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,13 +20,28 @@ RECORD_FORMAT_VERSION = 2
 """2 adds lines with decisions."""
 
 
+Verdict = Callable[["Reading", Mapping[str, "Reading"]], str]
+"""What a reading says, from the reading and the latest one of every key: one sentence."""
+
+
 @dataclass(frozen=True)
 class Quantity:
-    """What one reading name stands for: its unit and one sentence.
+    """The words for one reading name: what the number is, what it says, and where it is shown.
 
     Args:
         unit: The unit, in words that a plot can carry; ``"1"`` for a pure number.
         sentence: What the number is.
+        verdict: What a number that was measured says and what to do about it; the sentence when ``None``.
+        chart: Title of its chart on TensorBoard's custom-scalars page, shared with the readings of the same
+            title; none when empty.
+        formula: Its formula, for the documentation.
+        cost: What measuring it takes, in backward passes of a named batch.
+        source: Paper and equation.
+        tells: What the number tells, in the documentation.
+        act: What to do about it, in the documentation.
+
+    Raises:
+        InputError: If the unit or the sentence is empty.
 
     Example:
         >>> Quantity("samples", "Batch size at which noise and signal balance.").unit
@@ -33,6 +50,23 @@ class Quantity:
 
     unit: str
     sentence: str
+    _: KW_ONLY
+    verdict: Verdict | None = None
+    chart: str = ""
+    formula: str = ""
+    cost: str = ""
+    source: str = ""
+    tells: str = ""
+    act: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a number without words."""
+        if not (self.unit.strip() and self.sentence.strip()):
+            raise InputError(
+                "a quantity needs a unit and a sentence",
+                got=f"Quantity({self.unit!r}, {self.sentence!r})",
+                fix='Write Quantity("1", "What the number is."), with "1" as the unit of a pure number.',
+            )
 
 
 @dataclass(frozen=True)
@@ -50,6 +84,7 @@ class Reading:
         high: Upper end of the 95 % interval, infinite where there is only a lower bound.
         resolved: Whether the error allows an answer; where it does not, the value may be ``nan`` and the
             interval says what is known.
+        quantity: The words for it, where the observable is at hand; not part of a record in a file.
 
     Example:
         >>> Reading("dynamics/ntk/drift", 0.25, stderr=0.01).is_finite
@@ -65,6 +100,12 @@ class Reading:
     low: float = math.nan
     high: float = math.nan
     resolved: bool = True
+    quantity: Quantity | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def number(self) -> float:
+        """The value; ``nan`` for an array."""
+        return self.value if isinstance(self.value, float) else math.nan
 
     @property
     def is_finite(self) -> bool:
@@ -216,18 +257,41 @@ def stderr_key(key: str) -> str:
     return "/".join([prefix, group, f"{name}_stderr", *rest])
 
 
-def quantity_of(name: str, quantities: Mapping[str, Quantity]) -> Quantity:
+def sibling(key: str, name: str) -> str:
+    """The key of another reading of the same group and the same section.
+
+    Args:
+        key: A full reading key with a prefix of one part.
+        name: Name of the other reading.
+
+    Example:
+        >>> sibling("dynamics/fdr/ratio/head", "stationary"), sibling("dynamics/fdr/ratio", "stationary")
+        ('dynamics/fdr/stationary/head', 'dynamics/fdr/stationary')
+    """
+    prefix, group, _, *section = key.split("/", 3)
+    return "/".join([prefix, group, name, *section])
+
+
+def quantity_of(name: str, quantities: Mapping[str, Quantity], owner: str) -> Quantity:
     """The quantity behind a reading name that may carry a parameter group.
 
     Args:
         name: ``"ratio"`` or ``"ratio/head"``.
         quantities: An observable's table.
+        owner: Who reads it, for the error.
 
     Raises:
-        KeyError: If the observable did not declare the name.
+        InputError: If the table has no words for the name.
 
     Example:
-        >>> quantity_of("ratio/head", {"ratio": Quantity("1", "left over right")}).unit
+        >>> quantity_of("ratio/head", {"ratio": Quantity("1", "left over right")}, "Relation").unit
         '1'
     """
-    return quantities[name.split("/", 1)[0]]
+    base = name.split("/", 1)[0]
+    if base not in quantities:
+        raise InputError(
+            f"{owner} has no words for its reading {base!r}",
+            got=f"quantities for {sorted(quantities)}",
+            fix=f'Add to its quantities: "{base}": Quantity("unit", "What the number is.").',
+        )
+    return quantities[base]

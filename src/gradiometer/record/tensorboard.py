@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .readings import Decision, Reading, make_key, scalars
+from .readings import Decision, Quantity, Reading, make_key, scalars
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,11 +38,17 @@ class TensorBoardRecorder:
         self._owned = isinstance(log_dir, (str, Path))
         self.writer: Any = _writer(log_dir) if isinstance(log_dir, (str, Path)) else log_dir
         self._prefix, self._layout = prefix, layout
+        self._expected: dict[str, Quantity] = {}
+
+    def expect(self, quantities: Mapping[str, Quantity]) -> None:
+        """The words for what the run may read, by full key; they make the charts of the layout."""
+        self._expected.update(quantities)
 
     def __call__(self, step: int, readings: Sequence[Reading]) -> None:
         """Write one record, before the first one the layout."""
         if self._layout:
-            self.writer.add_custom_scalars(custom_scalars_layout(self._prefix, readings))
+            words = with_words(self._expected, readings)
+            self.writer.add_custom_scalars(custom_scalars_layout(self._prefix, words))
             self._layout = False
         for key, value in scalars(list(readings)).items():
             self.writer.add_scalar(key, value, step)
@@ -91,59 +97,42 @@ def write_decisions(writer: Any, decisions: Sequence[Decision], prefix: str = "d
         writer.add_text(make_key(prefix, "control", name), decision.sentence(), decision.step)
 
 
-def custom_scalars_layout(
-    prefix: str = "dynamics", first: Sequence[Reading] = ()
-) -> dict[str, dict[str, list[Any]]]:
-    """A custom-scalars layout: the losses, then one chart per question; no two noise scales on one axis.
+def custom_scalars_layout(prefix: str, quantities: Mapping[str, Quantity]) -> dict[str, dict[str, list[Any]]]:
+    """A custom-scalars layout: the losses, then the charts that the quantities name, in their order.
 
     Args:
-        prefix: Prefix of the keys.
-        first: A run's first record; charts of what not every run has are there if it is in that.
+        prefix: Title of the page's category.
+        quantities: The words for every reading that may come, by full key.
 
     Returns:
         What ``SummaryWriter.add_custom_scalars`` takes.
 
     Example:
-        >>> custom_scalars_layout()["dynamics"]["stationary? (fdr ratio)"]
-        ['Multiline', ['^dynamics/fdr/ratio$']]
+        >>> ratio = Quantity("1", "Left over right.", chart="stationary?")
+        >>> custom_scalars_layout("d", {"d/fdr/ratio": ratio})["d"]["stationary?"]
+        ['Multiline', ['^d/fdr/ratio$']]
     """
-    charts = {
-        "learning features? (kernel drift)": ["ntk/drift"],
-        "kernel direction": ["ntk/distance", "ntk/alignment"],
-        "kernel velocity": ["ntk/velocity"],
-        "kernel spectrum": ["ntk/top_eigenvalue", "ntk/smallest_eigenvalue", "ntk/trace"],
-        "input sensitivity (Jacobian)": [
-            "jacobian/frobenius_norm",
-            "jacobian/frobenius_rms",
-            "jacobian/spectral_norm",
-        ],
-        "batch size right? (noise scale)": ["noise/scale"],
-        "critical batch fraction": ["noise/critical_batch_fraction"],
-        "SGD noise scale": ["noise/sgd_scale"],
-        "SGD temperature": ["noise/temperature"],
-        "fluctuation and dissipation": ["fdr/left", "fdr/right"],
-        "stationary? (fdr ratio)": ["fdr/ratio"],
-        "stationary: 1, not: 0": ["fdr/stationary"],
-        "cost": ["cost/fraction"],
+    charts: dict[str, list[Any]] = {"losses": ["Multiline", [".*loss$"]]}
+    for key, quantity in quantities.items():
+        if quantity.chart:
+            _, patterns = charts.setdefault(quantity.chart, ["Multiline", []])
+            patterns.append(f"^{re.escape(key)}$")
+    return {prefix: charts}
+
+
+def with_words(expected: Mapping[str, Quantity], first: Sequence[Reading]) -> dict[str, Quantity]:
+    """The words for what a run may read, and for what its first record holds beside that.
+
+    Args:
+        expected: What a recorder was told to expect, by full key.
+        first: The run's first record; readings of single sections are left out.
+    """
+    present = {
+        reading.key: reading.quantity
+        for reading in first
+        if reading.quantity is not None and reading.key.count("/") == 2
     }
-    sometimes = {
-        "learning rate over its limit": ["control/lr_over_limit"],
-        "learning rate": ["control/learning_rate"],
-        "batch size": ["control/batch_size"],
-        "changes made by controllers": ["control/changes"],
-    }
-    there = {reading.key for reading in first}
-    charts |= {
-        title: keys for title, keys in sometimes.items() if there & {f"{prefix}/{key}" for key in keys}
-    }
-    losses = {"losses": ["Multiline", [".*loss$"]]}
-    return {
-        prefix: losses
-        | {
-            title: ["Multiline", [f"^{re.escape(f'{prefix}/{key}')}$" for key in keys]]
-            for title, keys in charts.items()
-        }
-    }
+    return {**expected, **present}
 
 
 def _writer(log_dir: str | Path) -> Any:

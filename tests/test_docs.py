@@ -1,0 +1,141 @@
+"""The tables of docs/observables.md are what the code says; a key is spelled where its reading is made."""
+
+import ast
+import importlib.util
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gradiometer import Monitor, Quantity
+from gradiometer.control import panel
+from gradiometer.engine import cost
+from gradiometer.observables import OBSERVABLES
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_what_make_docs_tables_would_write(tables):
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.written(page) == page, "docs/observables.md is out of date. Run: make docs-tables"
+
+
+def test_the_command_writes_the_page(tables, tmp_path, monkeypatch):
+    page = tables.PAGE.read_text(encoding="utf-8")
+    monkeypatch.setattr(tables, "PAGE", tmp_path / "observables.md")
+    emptied = tables.MARKED.sub(lambda match: match[1] + match[3], page)
+    assert "| `dynamics/" not in emptied
+    tables.PAGE.write_text(emptied, encoding="utf-8")
+    tables.main()
+    assert tables.PAGE.read_text(encoding="utf-8") == page
+
+
+def test_words_in_the_code_change_the_page(tables, monkeypatch):
+    page = tables.PAGE.read_text(encoding="utf-8")
+    group, quantities = tables.TABLES["JacobianNorm"]
+    changed = replace(quantities["frobenius_norm"], tells="something else")
+    monkeypatch.setitem(tables.TABLES, "JacobianNorm", (group, {**quantities, "frobenius_norm": changed}))
+    assert "| something else |" in tables.written(page)
+
+
+def test_a_row_shows_powers_and_dashes(tables):
+    words = Quantity("loss^2", "A number.", formula="x", tells="a thing")
+    assert tables.row("g", "n", words) == "| `dynamics/g/n` | x | loss² | – | – | a thing | – |"
+
+
+def test_a_bar_would_break_the_table(tables):
+    with pytest.raises(SystemExit, match=r"g/n: a table takes no '\|'; write abs\(x\)"):
+        tables.row("g", "n", Quantity("1", "A number.", formula="|x|"))
+
+
+@pytest.mark.parametrize("change", [("JacobianNorm", "JacobianNorms"), ("table: JacobianNorm", "no table")])
+def test_an_observable_without_a_place_is_named(tables, change):
+    page = tables.PAGE.read_text(encoding="utf-8").replace(f"<!-- {change[0]}", f"<!-- {change[1]}")
+    page = page.replace(f"table: {change[0]} ", f"table: {change[1]} ")
+    with pytest.raises(SystemExit, match=r"the code has .*'JacobianNorm'.*: write a line"):
+        tables.written(page)
+
+
+@pytest.mark.parametrize("kind", OBSERVABLES)
+def test_every_row_says_how_the_number_is_made_and_what_it_tells(kind):
+    for name, words in kind.quantities.items():
+        assert words.formula, name
+        assert words.tells, name
+
+
+def test_the_example_of_a_readings_words_runs():
+    code = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## A reading's words")[2]
+    names = {"__name__": "example"}
+    exec(code.split("```python\n")[1].split("```")[0], names)
+    model = nn.Linear(200, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for size, said in ((0.01, "the weights are of one size."), (100.0, "a few weights are far larger")):
+        with torch.no_grad():
+            model.weight.fill_(0.01)
+            model.weight[0, 0] = size
+        observables = [names["WeightSpread"](schedule=1)]
+        with Monitor(model, optimizer, observables, on_error="raise") as monitor:
+            with monitor.micro_batch(torch.zeros(2, 200)):
+                model(torch.zeros(2, 200)).sum().backward()
+            monitor.before_step()
+            optimizer.step()
+        assert said in monitor.table()
+    assert names["WeightSpread"].key(names["CREST"]) == "weights/crest"
+
+
+# -- renaming a reading touches the file that makes it, its row and its tests ------------------------
+
+KEYS = {f"{kind.group}/{name}" for kind in OBSERVABLES for name in kind.quantities}
+KEYS |= {f"{panel.GROUP}/{name}" for name in panel.QUANTITIES}
+KEYS |= {f"{cost.COST_GROUP}/{name}" for name in cost.COST_QUANTITIES}
+SPELLED = re.compile(r"(?<!\w)(" + "|".join(sorted(KEYS, key=len, reverse=True)) + r")(?!\w)")
+
+
+def spelled_keys(source):
+    """Keys of readings in the strings of a source, docstrings apart."""
+    tree = ast.parse(source)
+    prose = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    strings = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
+    ]
+    return [key for string in strings for key in SPELLED.findall(string)]
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*(ROOT / "src" / "gradiometer").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]),
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_no_key_of_a_reading_is_spelled_by_hand(path):
+    assert spelled_keys(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_prose_names_no_reading_that_there_is_not(path):
+    named = set(re.findall(r"dynamics/(\w+/\w+)", path.read_text(encoding="utf-8")))
+    assert named - {f"{key}_stderr" for key in KEYS} <= KEYS
+
+
+def test_a_key_spelled_by_hand_would_be_found():
+    assert spelled_keys('view.number("fdr/ratio")') == ["fdr/ratio"]
+    assert spelled_keys('f"|fdr/ratio - 1| < {x}"') == ["fdr/ratio"]
+    assert spelled_keys('"""Reads fdr/ratio."""') == []
