@@ -33,7 +33,7 @@ class ParameterHooks:
         Each norm ``[M]``: the plain one, and that in a metric where one is given.
 
     Example:
-        >>> net = nn.Linear(2, 1, bias=False)
+        >>> net = torch.nn.Linear(2, 1, bias=False)
         >>> hooks = ParameterHooks(dict(net.named_parameters()))
         >>> hooks.attach(); net(torch.ones(1, 2)).sum().backward(); hooks.detach()
         >>> hooks.norms

@@ -56,6 +56,7 @@ class Sample(NamedTuple):
             finite. A tensor on the device of the statistics where only the device knows.
 
     Example:
+        >>> import torch
         >>> loss = torch.tensor(torch.inf)
         >>> Sample({"loss": loss}, weight=loss.isfinite()).weight
         tensor(False)
