@@ -87,7 +87,6 @@ def test_every_reading_has_a_row_in_the_docs(kind):
 def test_functions_of_the_public_table_are_the_expected_ones():
     assert FUNCTIONS == [
         "best_step",
-        "curvature_of_noise",
         "empirical_ntk",
         "fluctuation_dissipation",
         "gradient_noise_scale",
@@ -97,6 +96,7 @@ def test_functions_of_the_public_table_are_the_expected_ones():
         "kernel_alignment",
         "kernel_angle",
         "kernel_distance",
+        "noise_curvature",
         "per_example_grad_norms",
         "projection_stderr",
         "relative_drift",
@@ -319,7 +319,7 @@ def test_a_memory_outside_the_checkpoint_is_noticed(monkeypatch):
 
 NEEDS = {
     "probe": r"Monitor\(probe=\.\.\.\) or the first call of monitor\.micro_batch",
-    "chunks": r"monitor\.micro_batch\(x, y\) around each forward and backward",
+    "gradient_parts": r"monitor\.micro_batch\(x, y\) around each forward and backward",
     "curvature": r"Monitor\(loss_fn=\.\.\.\)",
     "step_curvature": r"Monitor\(loss_fn=\.\.\.\)",
     "gradient": r"monitor\.before_step\(\) before",

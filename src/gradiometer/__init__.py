@@ -62,7 +62,7 @@ _MOVED = {
     "Recorder": "record",
     "Schedule": "observables",
     "best_step": "observables",
-    "curvature_of_noise": "observables",
+    "curvature_of_noise": "observables.noise_curvature",
     "default_observables": "observables",
     "harmonicity": "observables",
     "jacobian_singular_values": "observables",

@@ -45,10 +45,10 @@ class GradientNorm(Observable):
 
     group = "own"
     quantities = {"norm": Quantity("loss^2/parameter^2", "Squared norm of the batch gradient.")}
-    needs = frozenset({"chunks"})
+    needs = frozenset({"gradient_parts"})
 
     def statistics(self, snapshot):
-        return {"norm": snapshot.chunks.batch_sq_norm}
+        return {"norm": snapshot.gradient_parts.batch_sq_norm}
 
     def readings(self, now, reference):
         return {"norm": now["norm"]}

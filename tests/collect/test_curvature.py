@@ -144,7 +144,7 @@ def close(found, u, v, g, H):
     used = ~same[:, :, None] & ~same[:, None, :]
     torch.testing.assert_close(found.forms[used], forms[used], rtol=1e-8, atol=1e-13)
     assert found.sizes.tolist() == [2, 2, 3]
-    assert found.counted == 1
+    assert found.weight == 1
 
 
 @pytest.mark.parametrize("steps", [1, 3], ids=["first step", "later"])
@@ -246,7 +246,7 @@ def test_between_records_what_is_not_finite_does_not_count():
     collector = COLLECTORS["curvature"](Training(model, optimizer, loss_fn=F.cross_entropy), step, {})
     collector.before_step()
     found = collector.result()
-    assert found.counted == 0
+    assert found.weight == 0
     assert not found.gram.any()
     assert not found.forms.any()
 
@@ -256,14 +256,14 @@ def test_steps_are_known_for_sgd_on_the_models_own_parameters_only():
     adam = torch.optim.Adam(model.parameters())
     with pytest.raises(UnsupportedError, match=r"torch\.optim\.SGD only, got Adam"):
         collected("step_curvature", model=model, optimizer=adam)
-    assert collected("curvature", model=model, optimizer=adam).counted == 1
+    assert collected("curvature", model=model, optimizer=adam).weight == 1
     other = nn.Parameter(torch.zeros(2))
     other.grad = torch.ones(2)
     model = network()
     both = torch.optim.SGD([*model.parameters(), other], lr=0.1)
     with pytest.raises(UnsupportedError, match="not the model's"):
         collected("step_curvature", model=model, optimizer=both)
-    assert collected("curvature", model=model, optimizer=both).counted == 1
+    assert collected("curvature", model=model, optimizer=both).weight == 1
 
 
 def test_a_run_uphill_is_refused():
@@ -271,7 +271,7 @@ def test_a_run_uphill_is_refused():
     uphill = torch.optim.SGD(model.parameters(), lr=0.1, maximize=True)
     with pytest.raises(UnsupportedError, match="got maximize=True"):
         collected("step_curvature", model=model, optimizer=uphill)
-    assert collected("curvature", model=model, optimizer=uphill).counted == 1
+    assert collected("curvature", model=model, optimizer=uphill).weight == 1
 
 
 def test_frozen_and_idle_parameters_are_left_out():

@@ -864,7 +864,7 @@ def test_a_head_tied_by_hand_is_left_out_and_stays_out():
     assert len(loop.memory.series("dynamics/noise/trace")) == 3
     assert by_formula(rows, [1] * 6)[0] > 0
     reason = "its gradient is not all from its module's calls (tied by hand, a penalty)"
-    assert loop.monitor._measurement.memories["chunks"]["unaccounted"] == {
+    assert loop.monitor._measurement.memories["gradient_parts"]["unaccounted"] == {
         "table.weight": reason,
         "mix.weight": "",
         "mix.bias": "",
@@ -910,10 +910,10 @@ def test_what_could_not_be_judged_is_looked_at_again():
     model = Gated().double()
     loop = Loop(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.5))
     loop.step([draws(8, P)])
-    assert "inner.weight" not in loop.monitor._measurement.memories["chunks"]["unaccounted"]
+    assert "inner.weight" not in loop.monitor._measurement.memories["gradient_parts"]["unaccounted"]
     loop.step([draws(8, P)])
     assert "skipped: inner.weight" in loop.reading("trace").note
-    assert loop.monitor._measurement.memories["chunks"]["unaccounted"]["inner.bias"] == ""
+    assert loop.monitor._measurement.memories["gradient_parts"]["unaccounted"]["inner.bias"] == ""
 
 
 # -- hooks -----------------------------------------------------------------------------------------

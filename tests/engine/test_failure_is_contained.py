@@ -256,7 +256,9 @@ def test_a_collector_that_raises_takes_only_its_own_observables_along(stage, hea
         raise RuntimeError("the collector is stuck")
 
     monkeypatch.setitem(
-        gradiometer.collect.registry.COLLECTORS, "chunks", type("Stuck", (AutoSource,), {stage: stuck})
+        gradiometer.collect.registry.COLLECTORS,
+        "gradient_parts",
+        type("Stuck", (AutoSource,), {stage: stuck}),
     )
     weights, memory, messages = train(others())
     assert torch.equal(weights, healthy[0])

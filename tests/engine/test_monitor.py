@@ -91,11 +91,11 @@ class Seen(Observable):
 
     group = "seen"
     quantities = {"samples": Quantity("1", "Number of samples.")}
-    needs = frozenset({"chunks"})
+    needs = frozenset({"gradient_parts"})
     shown = []
 
     def statistics(self, snapshot):
-        self.shown.append((snapshot.step, snapshot.chunks))
+        self.shown.append((snapshot.step, snapshot.gradient_parts))
         return {"one": torch.ones(())}
 
     def readings(self, now, reference):
@@ -205,7 +205,7 @@ def test_nothing_is_gathered_where_nothing_is_due_and_nothing_twice(monkeypatch)
             made.append(step.updates)
             super().__init__(training, step, memory)
 
-    monkeypatch.setitem(gradiometer.collect.registry.COLLECTORS, "chunks", Counting)
+    monkeypatch.setitem(gradiometer.collect.registry.COLLECTORS, "gradient_parts", Counting)
     Seen.shown.clear()
     memory = loop([GradientNoiseScale(schedule=2), Seen(schedule=4)], steps=7)
     assert made == [0, 2, 4, 6]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gradiometer import MemoryRecorder, Monitor
-from gradiometer.collect.snapshot import Chunks, GroupSettings, Snapshot
+from gradiometer.collect.snapshot import GradientParts, GroupSettings, Snapshot
 from gradiometer.errors import InputError, SampleSkippedError, UnsupportedError
 from gradiometer.observables import (
     GradientNoiseScale,
@@ -123,23 +123,23 @@ def test_right_side_of_the_fluctuation_relation_is_half_the_lr_times_signal_plus
         torch.testing.assert_close(right, expected, rtol=1e-12, atol=0)
 
 
-def chunk_snapshot(contributions, sizes, **fields):
+def parts_snapshot(contributions, sizes, **fields):
     """Contributions to the mean gradient of a batch, of equal weight."""
     k = len(contributions)
-    chunks = Chunks(
+    parts = GradientParts(
         source="per example",
         sq_norms=(k * contributions).square().sum(-1)[:, None],
         sizes=torch.as_tensor(sizes),
-        weights=torch.full((k,), 1 / k),
+        shares=torch.full((k,), 1 / k),
         batch_sq_norm=contributions.sum(0).square().sum()[None],
-        counted=torch.ones(()),
+        weight=torch.ones(()),
         parameters=torch.tensor([P]),
         coverage=1.0,
         skipped={},
     )
     group = GroupSettings("0", 0.1, 0.0, 0.0, False, 0.0, True)
     defaults = {"model": nn.Linear(1, 1), "groups": (group,), "batch_size": sum(map(int, sizes))}
-    return Snapshot(step=0, chunks=chunks, **{**defaults, **fields})
+    return Snapshot(step=0, gradient_parts=parts, **{**defaults, **fields})
 
 
 def read(observable, estimator):
@@ -153,7 +153,7 @@ def read(observable, estimator):
 def average_over_steps(contributions, sizes, **fields):
     observable, estimator = GradientNoiseScale(), Mean()
     for one in contributions:
-        estimator.add(observable.statistics(chunk_snapshot(one, sizes, **fields)))
+        estimator.add(*observable.statistics(parts_snapshot(one, sizes, **fields)))
     estimator.close(0)
     return read(observable, estimator)
 
@@ -353,8 +353,8 @@ def test_names_are_those_that_the_settings_ask_for(settings, extras):
     ("settings", "fields"),
     [
         ({}, {"preconditioner"}),
-        ({"cross_check": "split batch"}, {"preconditioner", "split_chunks"}),
-        ({"source": "norm layers", "cross_check": "per example"}, {"preconditioner", "example_chunks"}),
+        ({"cross_check": "split batch"}, {"preconditioner", "split_parts"}),
+        ({"source": "norm layers", "cross_check": "per example"}, {"preconditioner", "example_parts"}),
         ({"source": "norm layers", "cross_check": "auto"}, {"preconditioner"}),  # it calibrates, too
     ],
 )
@@ -367,8 +367,8 @@ def test_without_its_extras_the_scale_stands():
     found = {}
     for settings in ({}, {"preconditioned": True, "cross_check": "split batch"}):
         observable, estimator = GradientNoiseScale(**settings), Mean()
-        snapshot = chunk_snapshot(contributions, [4] * 8)
-        estimator.add(observable.statistics(snapshot))
+        snapshot = parts_snapshot(contributions, [4] * 8)
+        estimator.add(*observable.statistics(snapshot))
         estimator.close(0)
         assert "split" not in observable.note(snapshot)
         found[bool(settings)] = read(observable, estimator)
@@ -381,12 +381,12 @@ def test_without_its_extras_the_scale_stands():
 
 
 def test_note_names_source_reduction_coverage_and_what_is_missing():
-    snapshot = chunk_snapshot(torch.ones(2, P), [1, 1])
+    snapshot = parts_snapshot(torch.ones(2, P), [1, 1])
     assert GradientNoiseScale().note(snapshot) == "per example, loss_reduction=mean, over 100 % of parameters"
-    chunks = dataclasses.replace(
-        snapshot.chunks, source="micro-batches", coverage=0.5, skipped={"a.weight": "x"}
+    parts = dataclasses.replace(
+        snapshot.gradient_parts, source="micro-batches", coverage=0.5, skipped={"a.weight": "x"}
     )
-    note = GradientNoiseScale().note(snapshot.replace(chunks=chunks, loss_reduction="sum"))
+    note = GradientNoiseScale().note(snapshot.replace(gradient_parts=parts, loss_reduction="sum"))
     assert note == "micro-batches, loss_reduction=sum, over 50 % of parameters; skipped: a.weight"
 
 
@@ -510,4 +510,4 @@ def test_sgd_noise_scale_refuses_impossible_momentum(momentum):
 
 def test_a_step_with_one_part_is_left_out():
     with pytest.raises(SampleSkippedError, match=r"at least two parts of a batch, got 1. This step is left"):
-        GradientNoiseScale().statistics(chunk_snapshot(torch.ones(1, P), [1]))
+        GradientNoiseScale().statistics(parts_snapshot(torch.ones(1, P), [1]))

@@ -9,8 +9,8 @@ from torch import nn
 
 from gradiometer import MemoryRecorder, Monitor, NoiseCurvature, SecondFluctuationDissipation, Snapshot
 from gradiometer.errors import InputError, MeasurementWarning, MissingFieldError, UnsupportedError
-from gradiometer.observables.curvature_noise import best_step, curvature_of_noise
 from gradiometer.observables.gradient_noise_scale import gradient_noise_scale
+from gradiometer.observables.noise_curvature import best_step, noise_curvature
 from gradiometer.observables.second_fluctuation_dissipation import (
     harmonicity,
     second_fluctuation_dissipation,
@@ -428,7 +428,7 @@ def part_products(replicas, sizes, seed=0):
 
 @pytest.mark.parametrize("sizes", [[3, 3, 3], BATCH, [1] * 6], ids=str)
 def test_noise_and_signal_are_unbiased_where_hessians_vary(sizes):
-    found = curvature_of_noise(*part_products(40000, sizes), torch.tensor(sizes))
+    found = noise_curvature(*part_products(40000, sizes), torch.tensor(sizes))
     for name, expected in expectations(*population()).items():
         error = found[name].std() / 40000**0.5
         assert abs(found[name].mean() - expected) < 3.5 * error, name
@@ -451,14 +451,14 @@ def test_entries_with_a_hessian_of_the_same_part_are_not_used():
     spoilt = forms.clone()
     for j in range(4):
         spoilt[:, j, j] = spoilt[:, j, :, j] = torch.nan
-    expected = curvature_of_noise(gram, forms, torch.tensor(BATCH))
-    found = curvature_of_noise(gram, spoilt, torch.tensor(BATCH))
+    expected = noise_curvature(gram, forms, torch.tensor(BATCH))
+    found = noise_curvature(gram, spoilt, torch.tensor(BATCH))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_without_curvature_it_is_the_gradient_noise_scale():
     gram, forms = part_products(1, [3] * 5)
-    found = curvature_of_noise(gram[0], forms[0], torch.full((5,), 3))
+    found = noise_curvature(gram[0], forms[0], torch.full((5,), 3))
     other = gradient_noise_scale(gram[0].diagonal() / 25, torch.full((5,), 3), gram[0].mean())
     for name, value in other.items():
         torch.testing.assert_close(found[name], value)
@@ -467,11 +467,11 @@ def test_without_curvature_it_is_the_gradient_noise_scale():
 def test_parts_that_cannot_be_used():
     gram, forms = part_products(1, [2] * 4)
     with pytest.raises(InputError, match="at least three parts, got 2"):
-        curvature_of_noise(gram[..., :2, :2], forms[..., :2, :2, :2], torch.ones(2))
+        noise_curvature(gram[..., :2, :2], forms[..., :2, :2, :2], torch.ones(2))
     with pytest.raises(InputError, match="must hold an example"):
-        curvature_of_noise(gram, forms, torch.tensor([2, 2, 2, 0]))
+        noise_curvature(gram, forms, torch.tensor([2, 2, 2, 0]))
     with pytest.raises(InputError, match="Pass what split_curvature returns"):
-        curvature_of_noise(gram, gram, torch.full((4,), 2))
+        noise_curvature(gram, gram, torch.full((4,), 2))
 
 
 # -- T7: the best single step ------------------------------------------------------------------------

@@ -160,7 +160,6 @@ def test_first_and_previous_levels_are_kept(kind):
         estimator.close(step, {"kernel": torch.full((2, 2), float(step))})
         reference = estimator.reference()
         assert reference.step == step
-        assert reference.first_step == 0
         assert torch.equal(reference.first["kernel"], torch.zeros(2, 2))
         if step:
             assert reference.previous_step == step - 2
@@ -197,7 +196,6 @@ def test_reset_forgets_the_window_and_keeps_the_first_record():
     assert estimator.averages()["x"].item() == 1.5  # the 7 came before the new window's first level
     reference = estimator.reference()
     assert reference.path_steps.tolist() == [3.0, 4.0, 5.0]
-    assert reference.first_step == 0
 
 
 def test_reset_of_a_half_run_begins_a_new_half():
@@ -325,12 +323,7 @@ def test_a_resumed_estimator_goes_on_bit_for_bit(kind, length):
     same(a.first, b.first)
     same(a.previous, b.previous)
     assert all((a.path[name] == b.path[name]).all() for name in a.path)
-    assert (a.step, a.first_step, a.previous_step, a.samples) == (
-        b.step,
-        b.first_step,
-        b.previous_step,
-        b.samples,
-    )
+    assert (a.step, a.previous_step, a.samples) == (b.step, b.previous_step, b.samples)
     assert (a.path_steps == b.path_steps).all()
 
 
@@ -396,3 +389,109 @@ def test_window_refuses_a_length_below_one():
 def test_ema_refuses_a_decay_outside_its_range(decay):
     with pytest.raises(InputError, match=r"Ema\(decay\) must lie between 0 and 1, got"):
         Ema(decay)
+
+
+# -- weights ---------------------------------------------------------------------------------------
+
+EVERY = [Last, Mean, lambda: Window(7), HalfRun, lambda: Ema(0.8)]
+
+
+def alike(left, right):
+    assert left.keys() == right.keys()
+    assert all((left[name] == right[name]).all() for name in left)
+
+
+def fill(make, samples):
+    """One sample per step, ``(value, weight)``; a weight that is ``None`` is not given."""
+    estimator = make()
+    for step, (value, weight) in enumerate(samples):
+        given = () if weight is None else (weight,)
+        estimator.add({"x": torch.tensor([value, 2 * value], dtype=torch.float64)}, *given)
+        if step % 3 == 2:
+            estimator.close(step)
+    return estimator
+
+
+@pytest.mark.parametrize("weight", [1, 1.0, torch.tensor(1.0), torch.tensor(True)])
+@pytest.mark.parametrize("make", EVERY)
+def test_weight_one_is_no_weight(make, weight):
+    values = draws(60).tolist()
+    plain = fill(make, [(value, None) for value in values])
+    found = fill(make, [(value, weight) for value in values])
+    for left, right in zip(plain.replicates(), found.replicates(), strict=True):
+        alike(left, right) if isinstance(left, dict) else alike({"": left}, {"": right})
+    assert plain.reference().samples == found.reference().samples
+    assert (plain.reference().block_weights == found.reference().block_weights).all()
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0.0), torch.tensor(False)])
+@pytest.mark.parametrize("make", EVERY)
+def test_a_sample_of_weight_zero_changes_nothing(make, zero):
+    """Whatever it holds, whether it comes first, last or alone in a block, and also under a decay."""
+    plain, found = make(), make()
+    spoilt = {"x": torch.tensor([torch.nan, torch.inf])}
+    for step in range(30):
+        sample = {"x": torch.tensor([step, step**2], dtype=torch.float64)}
+        if step % 4 == 0:
+            found.add(spoilt, zero)
+        if step not in (6, 7, 8):
+            plain.add(sample)
+            found.add(sample)
+        else:
+            found.add(spoilt, zero)
+        if step % 5 == 0:
+            found.add(spoilt, zero)
+        if step % 3 == 2:
+            plain.close(step)
+            found.close(step)
+    alike(plain.averages(), found.averages())
+    assert plain.reference().samples == found.reference().samples
+    assert (plain.reference().block_weights == found.reference().block_weights).all()
+    alike(plain.reference().block_means, found.reference().block_means)
+
+
+def test_a_weight_is_a_number_of_samples():
+    for make in (Mean, lambda: Ema(0.7)):
+        often, once = make(), make()
+        for estimator in (often, once):
+            estimator.add({"x": number(3.0)})
+        for _ in range(2):
+            often.add({"x": number(10.0)})
+        once.add({"x": number(10.0)}, torch.tensor(2.0))
+        for estimator in (often, once):
+            estimator.add({"x": number(5.0)}, 3.0)
+            estimator.close(0)
+            estimator.add({"x": number(-1.0)}, 2)
+            estimator.close(1)
+        assert once.averages()["x"].item() == pytest.approx(often.averages()["x"].item(), rel=1e-14)
+        assert once.reference().samples == pytest.approx(often.reference().samples, rel=1e-14)
+
+
+def test_a_window_without_a_sample_that_counts_has_no_average():
+    estimator = Mean()
+    estimator.add({"x": number(torch.nan)}, 0)
+    estimator.close(0)
+    assert estimator.averages() == {}
+    assert estimator.reference().samples == 0
+    estimator.add({"x": number(4.0)})
+    estimator.close(1)
+    assert estimator.averages()["x"].item() == 4.0
+
+
+def test_a_weight_of_the_device_is_saved_as_a_number():
+    estimator = Mean()
+    estimator.add({"x": number(4.0)}, torch.tensor(1.0))
+    saved = estimator.state_dict()
+    assert saved["open_weight"] == 1.0
+    assert isinstance(saved["open_weight"], float)
+    again = Mean()
+    again.load_state_dict(saved)
+    again.add({"x": number(torch.nan)}, torch.tensor(0.0))
+    again.close(0)
+    assert again.averages()["x"].item() == 4.0
+
+
+@pytest.mark.parametrize("weight", [-1, -0.5, float("nan")])
+def test_a_negative_weight_is_refused(weight):
+    with pytest.raises(InputError, match=r"must not be negative, got .* Write weight=0"):
+        Mean().add({"x": number(1.0)}, weight)

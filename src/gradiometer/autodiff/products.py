@@ -238,7 +238,7 @@ def split_curvature(
     .. math:: \text{gram}_{il} = u_i\cdot g_l, \qquad \text{forms}_{jil} = u_i^T H_j\, u_l
               \quad (i \ne j,\ l \ne j;\ \text{zero elsewhere})
 
-    with :math:`u_i = g_i`, or the step that an optimizer makes of it. What ``curvature_of_noise`` is made
+    with :math:`u_i = g_i`, or the step that an optimizer makes of it. What ``noise_curvature`` is made
     of. Each part's Hessian meets the k - 1 gradients of the others, so that all together cost k - 1 products
     with the Hessian of the whole batch and k gradients are held at once. Dropout masks of gradients and
     Hessians are independent.

@@ -63,8 +63,8 @@ class CurvatureCollector(Collector):
 
     def _measure(self, parameters: list[Tensor]) -> Curvature:
         """The parts' gradients themselves."""
-        found = self._split(parameters)
-        return self._kept(found.gram, found.gram, found.forms, found.sizes)
+        products = self._split(parameters)
+        return self._finite(products.gram, products.gram, products.forms, products.sizes)
 
     def _split(
         self, parameters: list[Tensor], step: Callable[[list[Tensor]], list[Tensor]] | None = None
@@ -81,7 +81,7 @@ class CurvatureCollector(Collector):
             step=step,
         )
 
-    def _kept(self, gram: Tensor, step_gram: Tensor, forms: Tensor, sizes: Tensor) -> Curvature:
+    def _finite(self, gram: Tensor, step_gram: Tensor, forms: Tensor, sizes: Tensor) -> Curvature:
         """A snapshot's form, without what is not finite."""
         finite = gram.isfinite().all() & step_gram.isfinite().all() & forms.isfinite().all()
         if self.step.recording and not bool(finite):  # else nobody waits for the device
@@ -92,7 +92,7 @@ class CurvatureCollector(Collector):
             forms=torch.where(finite, forms, 0.0),
             sizes=sizes,
             noise_share=self._noise_share(),
-            counted=finite.to(gram.dtype),
+            weight=finite.to(gram.dtype),
         )
 
     def _noise_share(self) -> float:
@@ -151,29 +151,29 @@ class StepCurvatureCollector(CurvatureCollector):
         """The parts' steps, with the L2 term added to gradients and Hessians."""
         groups = {id(p): group for group in self.training.optimizer.param_groups for p in group["params"]}
         settings = [self._settings(parameter, groups[id(parameter)]) for parameter in parameters]
-        decays = [each.decay for each in settings]
-        fresh = [each.fresh for each in settings]
+        decays = [setting.decay for setting in settings]
+        fresh = [setting.fresh for setting in settings]
         pull = carried = None
         if any(decays):
             pull = torch._foreach_mul([parameter.detach() for parameter in parameters], decays)
-        if any(each.buffer is not None for each in settings):
+        if any(setting.buffer is not None for setting in settings):
             buffers = [
-                torch.zeros_like(parameter) if each.buffer is None else each.buffer
-                for parameter, each in zip(parameters, settings, strict=True)
+                torch.zeros_like(parameter) if setting.buffer is None else setting.buffer
+                for parameter, setting in zip(parameters, settings, strict=True)
             ]
-            carried = torch._foreach_mul(buffers, [each.carried for each in settings])
+            carried = torch._foreach_mul(buffers, [setting.carried for setting in settings])
 
         def step(gradient: list[Tensor]) -> list[Tensor]:
-            whole = gradient if pull is None else torch._foreach_add(gradient, pull)
-            moved = torch._foreach_mul(whole, fresh)
+            pulled = gradient if pull is None else torch._foreach_add(gradient, pull)
+            moved = torch._foreach_mul(pulled, fresh)
             return list(moved if carried is None else torch._foreach_add(moved, carried))
 
-        found = self._split(parameters, step)
-        gram, forms, steps = found.gram, found.forms, found.steps
+        products = self._split(parameters, step)
+        gram, forms, steps = products.gram, products.forms, products.steps
         if pull is not None:
-            gram = gram + torch.stack([_dot(one, pull) for one in steps])[:, None]
-            forms = forms + _gram(steps, [torch._foreach_mul(one, decays) for one in steps])
-        return self._kept(gram, _gram(steps, steps), forms, found.sizes)
+            gram = gram + torch.stack([_dot(vector, pull) for vector in steps])[:, None]
+            forms = forms + _gram(steps, [torch._foreach_mul(vector, decays) for vector in steps])
+        return self._finite(gram, _gram(steps, steps), forms, products.sizes)
 
     def _settings(self, parameter: Tensor, group: Mapping[str, Any]) -> _Settings:
         """How the optimizer moves a parameter, on the scale of the mean loss."""
@@ -205,7 +205,7 @@ def _moved(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _gram(left: Sequence[Sequence[Tensor]], right: Sequence[Sequence[Tensor]]) -> Tensor:
     """Inner products of all pairs, ``[k, k]``."""
-    return torch.stack([torch.stack([_dot(one, other) for other in right]) for one in left])
+    return torch.stack([torch.stack([_dot(row, column) for column in right]) for row in left])
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

@@ -1,16 +1,16 @@
 """Where the noise scale comes from: gradients of parts of a batch, from every place a run offers them.
 
 A part is one example, one micro-batch, one process's batch or a piece of a batch that was split. Every
-source ends in the same :class:`~gradiometer.collect.snapshot.Chunks`: squared norms of the parts' own mean
-gradients, whatever the loss was divided by.
+source ends in the same :class:`~gradiometer.collect.snapshot.GradientParts`: squared norms of the parts' own
+mean gradients, whatever the loss was divided by. Or it ends in a refusal, and who asked decides what to do.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from time import perf_counter
-from typing import Any, ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ from .. import parallel
 from ..autodiff.functional import examples
 from ..autodiff.products import split_gradients
 from ..autodiff.ride_along import RideAlong, refusal
-from ..errors import SampleSkippedError, UnsupportedError
+from ..errors import GradiometerError, SampleSkippedError, UnsupportedError
 from ..optimizers.adam import Preconditioner
 from ..optimizers.base import family_of
 from ..stats.linalg import accumulation_dtype, squared_norms
 from .base import Collector, Memory, MomentName, Step, Training, no_micro_batch
-from .snapshot import Chunks
+from .parameter_hooks import ParameterHooks, entries
+from .snapshot import GradientParts
 
 FEWEST_NORMALISED = 8
 """Examples in a piece that batch norm normalises: over fewer, the noise is that of the normalisation."""
@@ -33,6 +34,8 @@ LEAST_COVERAGE = 0.5
 """Share of the parameters that single examples must be seen of, where a batch can be split instead: noise
 differs between layers by factors, and with fewer the reading would be that of the layers that have rules."""
 NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+Refusal: TypeAlias = SampleSkippedError | UnsupportedError
+"""Why parts cannot be had, at this step or on this run."""
 _ACCUMULATE = "Accumulate over two or more micro-batches (Lightning: accumulate_grad_batches=2)"
 
 
@@ -43,116 +46,55 @@ class PreconditionerCollector(Collector):
 
     def __init__(self, training: Training, step: Step, memory: Memory) -> None:
         super().__init__(training, step, memory)
-        self._own: Preconditioner = family_of(training.optimizer).metric(training.optimizer)
+        self._metric: Preconditioner = family_of(training.optimizer).metric(training.optimizer)
 
     def result(self) -> Preconditioner:
         """The metric itself."""
-        return self._own
+        return self._metric
 
 
-class ParameterHooks:
-    """Norms of the gradient each parameter receives in one backward pass on this process.
-
-    A hook on a parameter sees the gradient of the one micro-batch, before it is added to ``.grad`` and
-    before processes average theirs.
-
-    Args:
-        parameters: The parameters, by name.
-
-    Shapes:
-        Each norm ``[M]``: the plain one, and that in a metric where one is given.
-
-    Example:
-        >>> net = nn.Linear(2, 1, bias=False)
-        >>> hooks = ParameterHooks(dict(net.named_parameters()))
-        >>> hooks.attach(); net(torch.ones(1, 2)).sum().backward(); hooks.detach()
-        >>> hooks.norms
-        {'weight': tensor([1.4142])}
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self._parameters = parameters
-        self._preconditioner: Preconditioner | None = None
-        self._handles: list[Any] = []
-        self.norms: dict[str, Tensor] = {}
-        self.repeated: str | None = None
-        self.error: Exception | None = None
-        self.seconds = 0.0
-
-    def attach(self, preconditioner: Preconditioner | None = None) -> None:
-        """Look at the next backward pass.
-
-        Args:
-            preconditioner: A metric for a second norm.
-        """
-        self.detach()
-        self.norms = {}
-        self._preconditioner = preconditioner
-        self._handles = [p.register_hook(self._hook(name)) for name, p in self._parameters.items()]
-
-    def detach(self) -> None:
-        """Remove every hook."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _hook(self, name: str) -> Any:
-        def hook(grad: Tensor) -> None:
-            began = perf_counter()
-            try:
-                if name in self.norms:
-                    self.repeated = name
-                self.norms[name] = self._norms(self._parameters[name], grad.detach())
-            except Exception as error:  # the user's backward goes on; check() raises this
-                self.error = self.error or error
-            self.seconds += perf_counter() - began
-
-        return hook
-
-    def _norms(self, parameter: Tensor, grad: Tensor) -> Tensor:
-        grads = [_entries(grad)]
-        if self._preconditioner is not None:
-            grads.append(self._preconditioner.apply(parameter, grad))
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        return torch.stack([torch.linalg.vector_norm(each, dtype=wide) for each in grads])
-
-    def check(self) -> None:
-        """Refuse norms that are not those of whole gradients.
-
-        Raises:
-            UnsupportedError: If a parameter received its gradient in pieces.
-        """
-        if self.error:
-            raise self.error
-        if self.repeated is not None:
-            raise UnsupportedError(
-                f"parameter {self.repeated!r} received its gradient in several pieces in one backward "
-                "pass (reentrant checkpointing), so the norm of the whole is not known",
-                fix="Write checkpoint(..., use_reentrant=False).",
-            )
-
-
-def _entries(gradient: Tensor) -> Tensor:
-    """All that is not zero in a sparse gradient, once; a dense one as it is."""
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-class _Source(Collector):
-    """What all sources share: the parameters that are trained, the loss's reduction, the metrics.
-
-    A last axis M holds the plain squared norm and, where it is asked for, that in the optimizer's metric.
-    """
+class PartsCollector(Collector):
+    """Supplies gradient parts, which are measured before the step while ``.grad`` is still unclipped."""
 
     moment: ClassVar[MomentName] = "before_step"
 
     def __init__(self, training: Training, step: Step, memory: Memory) -> None:
         super().__init__(training, step, memory)
-        held = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
+        self._measured: GradientParts | Refusal | None = None
+
+    @abstractmethod
+    def measure(self) -> GradientParts | Refusal:
+        """The norms of this step's parts, or why they cannot be had."""
+
+    def before_step(self) -> None:
+        """Measure once."""
+        self._measured = self.measure()
+
+    def result(self) -> GradientParts:
+        """The norms of this step's parts."""
+        if self._measured is None:
+            raise SampleSkippedError(
+                "the gradient was not seen before the step",
+                fix="Call monitor.before_step(); in a closure of the optimizer's, after its backward pass.",
+            )
+        if isinstance(self._measured, GradiometerError):
+            raise self._measured
+        return self._measured
+
+
+class _Source(PartsCollector):
+    """What all sources share: the parameters that are trained, the loss's reduction, the metrics.
+
+    A last axis M holds the plain squared norm and, where it is asked for, that in the optimizer's metric.
+    """
+
+    def __init__(self, training: Training, step: Step, memory: Memory) -> None:
+        super().__init__(training, step, memory)
+        stepped = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
         self._trained = {
-            name: p for name, p in training.model.named_parameters() if p.requires_grad and id(p) in held
+            name: p for name, p in training.model.named_parameters() if p.requires_grad and id(p) in stepped
         }
         self._mean = training.loss_reduction == "mean"
-        self._chunks: Chunks | None = None
 
     @property
     def _divisor(self) -> float:
@@ -161,35 +103,35 @@ class _Source(Collector):
             return self.step.loss_divisor
         return float(len(self.step.sizes)) if self._mean else 1.0
 
-    def _keep(
+    def _parts(
         self,
         source: str,
         names: Sequence[str],
         sq_norms: Tensor,
         sizes: Tensor,
-        whole: Tensor,
+        batch_sq_norm: Tensor,
         *,
         processes: int = 1,
         skipped: dict[str, str] | None = None,
-    ) -> None:
-        """Put mean gradients of parts ``[k, U, M]`` and of the whole ``[U, M]`` into a snapshot's form."""
-        finite = sq_norms.isfinite().all(1).all(0) & whole.isfinite().all(0)
+    ) -> GradientParts | Refusal:
+        """Put mean gradients of parts ``[k, U, M]`` and of the batch ``[U, M]`` into a snapshot's form."""
+        finite = sq_norms.isfinite().all(1).all(0) & batch_sq_norm.isfinite().all(0)
         if self.step.recording and not bool(finite[0]):  # else nobody waits for the device
-            raise SampleSkippedError("the gradient is not finite at this step")
-        weights = torch.full((len(sizes),), 1.0 / len(sizes), dtype=torch.float64)
+            return SampleSkippedError("the gradient is not finite at this step")
+        shares = torch.full((len(sizes),), 1.0 / len(sizes), dtype=torch.float64)
         if not self._mean:
-            weights = sizes.double() / sizes.sum()
+            shares = sizes.double() / sizes.sum()
         covered = [self._trained[name] for name in names]
         counts = self.step.sections.reduce(covered, torch.tensor([p.numel() for p in covered]))
-        sq_norms, whole = sq_norms.where(finite, 0.0), whole.where(finite, 0.0)
-        self._chunks, *others = [
-            Chunks(
+        sq_norms, batch_sq_norm = sq_norms.where(finite, 0.0), batch_sq_norm.where(finite, 0.0)
+        plain, *preconditioned = [
+            GradientParts(
                 source=source,
                 sq_norms=sq_norms[..., m],
                 sizes=sizes,
-                weights=weights,
-                batch_sq_norm=whole[..., m],
-                counted=finite[m].to(whole.dtype),
+                shares=shares,
+                batch_sq_norm=batch_sq_norm[..., m],
+                weight=finite[m].to(batch_sq_norm.dtype),
                 parameters=counts,
                 coverage=float(counts.sum()) / sum(p.numel() for p in self._trained.values()),
                 skipped=skipped or {},
@@ -197,10 +139,9 @@ class _Source(Collector):
             )
             for m in range(len(finite))
         ]
-        if others:
-            self._chunks = dataclasses.replace(self._chunks, preconditioned=others[0])
+        return dataclasses.replace(plain, preconditioned=preconditioned[0]) if preconditioned else plain
 
-    def _whole(self, names: Sequence[str], factor: float) -> Tensor:
+    def _batch_squares(self, names: Sequence[str], factor: float) -> Tensor:
         """Squared norm of the mean gradient from ``.grad``, unclipped, ``[U, M]``."""
         covered = [p for p in (self._trained[name] for name in names) if p.grad is not None]
         squares = self._squares(covered, [p.grad for p in covered if p.grad is not None])
@@ -208,7 +149,7 @@ class _Source(Collector):
 
     def _squares(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         """Squared norm of a gradient, ``[U, M]``."""
-        columns = [self.step.sections.sums(squared_norms, parameters, [_entries(g) for g in gradients])]
+        columns = [self.step.sections.sums(squared_norms, parameters, [entries(g) for g in gradients])]
         if self.step.metric is not None:
             pairs = zip(parameters, gradients, strict=True)
             scaled = [self.step.metric.apply(p, g) for p, g in pairs]
@@ -217,19 +158,10 @@ class _Source(Collector):
 
     def _sums(self, norms: dict[str, Tensor]) -> Tensor:
         """Squared norm of one gradient from the norms of its parameters, ``[U, M]``."""
-        held = [self._trained[name] for name in norms]
-        kind = accumulation_dtype(held[0].device)
+        parameters = [self._trained[name] for name in norms]
+        kind = accumulation_dtype(parameters[0].device)
         squares = torch.stack([norm.to(kind) for norm in norms.values()]).square()
-        return self.step.sections.reduce(held, squares)
-
-    def result(self) -> Chunks:
-        """The norms of this step's parts."""
-        if self._chunks is None:
-            raise SampleSkippedError(
-                "the gradient was not seen before the step",
-                fix="Call monitor.before_step(); in a closure of the optimizer's, after its backward pass.",
-            )
-        return self._chunks
+        return self.step.sections.reduce(parameters, squares)
 
 
 class ExampleSource(_Source):
@@ -251,13 +183,13 @@ class ExampleSource(_Source):
         self.refusal: str | None = None
         self._wanted = self._trained
         if self.layers is not None:
-            own = {
+            of_layers = {
                 id(p)
                 for m in training.model.modules()
                 if isinstance(m, self.layers)
                 for p in m.parameters(recurse=False)
             }
-            self._wanted = {name: p for name, p in self._trained.items() if id(p) in own}
+            self._wanted = {name: p for name, p in self._trained.items() if id(p) in of_layers}
 
     def enter(self, size: int) -> None:
         """Hook the layers in the first micro-batch, and the parameters if more are to come."""
@@ -291,18 +223,21 @@ class ExampleSource(_Source):
         """Take the hooks off."""
         self.exit()
 
-    def before_step(self) -> None:
+    def measure(self) -> GradientParts | Refusal:
         """Reduce everything while ``.grad`` is still unclipped."""
         if not self.step.sizes:
-            raise no_micro_batch()
+            return no_micro_batch()
         if self._tape is None or self._hooks is None:
-            raise UnsupportedError(
+            return UnsupportedError(
                 f"per-example gradients are not available: {self.refusal}",
                 fix=f"{_ACCUMULATE}, or leave GradientNoiseScale out of observables=.",
             )
         if not any(p.grad is not None for p in self._wanted.values()):
-            raise SampleSkippedError("no parameter has a gradient at this step")
-        by_parameter, skipped = self._tape.result()
+            return SampleSkippedError("no parameter has a gradient at this step")
+        try:
+            by_parameter, skipped = self._tape.result()
+        except (SampleSkippedError, UnsupportedError) as refusal:
+            return refusal
         self.seconds_in_hooks += self._tape.seconds + self._hooks.seconds
         skipped |= {name: reason for name, reason in self._unaccounted.items() if reason}
         self._remember(skipped)
@@ -311,16 +246,19 @@ class ExampleSource(_Source):
         sq_norms = self._rows(by_parameter) * (scale * (size if self._mean else 1.0)) ** 2
         share = 1.0 if self._mean else 1.0 / size
         if len(self.step.sizes) == 1:
-            whole = self._whole(names, divisor * share)
+            batch_sq_norm = self._batch_squares(names, divisor * share)
         else:
             self._hooks.check()
             if not self._hooks.norms:
-                raise SampleSkippedError("this step has several micro-batches where the last had one")
-            whole = self._sums({name: self._hooks.norms[name] for name in names}) * (scale * share) ** 2
-        # a whole of one micro-batch among several is this process's own
+                return SampleSkippedError("this step has several micro-batches where the last had one")
+            norms = {name: self._hooks.norms[name] for name in names}
+            batch_sq_norm = self._sums(norms) * (scale * share) ** 2
+        # the gradient of one micro-batch among several is this process's own
         processes = parallel.world_size() if len(self.step.sizes) == 1 else 1
         ones = torch.ones(size, dtype=torch.int64)
-        self._keep(self.name, names, sq_norms, ones, whole, processes=processes, skipped=skipped)
+        return self._parts(
+            self.name, names, sq_norms, ones, batch_sq_norm, processes=processes, skipped=skipped
+        )
 
     def _rows(self, by_parameter: Mapping[str, Tensor]) -> Tensor:
         """Squared norms of the examples, ``[B, U, M]``."""
@@ -329,7 +267,7 @@ class ExampleSource(_Source):
         if self.step.metric is not None:
             unknown = torch.full_like(next(iter(by_parameter.values())), torch.nan)
             metrics.append({name: self._tape.weighted.get(name, unknown) for name in by_parameter})
-        rows = torch.stack([torch.stack([one[name] for name in by_parameter]) for one in metrics], -1)
+        rows = torch.stack([torch.stack([norms[name] for name in by_parameter]) for norms in metrics], -1)
         parameters = [self._trained[name] for name in by_parameter]
         return self.step.sections.reduce(parameters, rows.to(accumulation_dtype(rows.device))).transpose(0, 1)
 
@@ -372,18 +310,18 @@ class MicroBatchSource(_Source):
         """Take the hooks off."""
         self._hooks.detach()
 
-    def before_step(self) -> None:
+    def measure(self) -> GradientParts | Refusal:
         """Reduce everything while ``.grad`` is still unclipped."""
         if not self.step.sizes:
-            raise no_micro_batch()
+            return no_micro_batch()
         if not any(p.grad is not None for p in self._trained.values()):
-            raise SampleSkippedError("no parameter has a gradient at this step")
+            return SampleSkippedError("no parameter has a gradient at this step")
         self._hooks.check()
         self.seconds_in_hooks += self._hooks.seconds
         # a micro-batch that was given up has no backward pass and is no part of the gradient
         seen = [(norms, n) for norms, n in zip(self._micro, self.step.sizes, strict=True) if norms]
         if len(seen) * parallel.world_size() < 2:
-            raise SampleSkippedError("fewer than two micro-batches of this step had a backward pass")
+            return SampleSkippedError("fewer than two micro-batches of this step had a backward pass")
         self.step.sizes = [n if norms else 0 for norms, n in zip(self._micro, self.step.sizes, strict=True)]
         sizes = torch.tensor([n for _, n in seen])
         factors = torch.full((len(seen),), self._divisor / self.step.loss_scale, dtype=torch.float64)
@@ -392,8 +330,10 @@ class MicroBatchSource(_Source):
         rows = torch.stack([self._sums(norms) for norms, _ in seen])
         sq_norms = rows * factors.to(rows)[:, None, None].square()
         names = [name for name in self._trained if any(name in norms for norms, _ in seen)]
-        whole = self._whole(names, self._divisor / (len(seen) if self._mean else int(sizes.sum())))
-        self._keep(self._name(len(seen)), names, sq_norms, sizes, whole, processes=parallel.world_size())
+        factor = self._divisor / (len(seen) if self._mean else int(sizes.sum()))
+        batch_sq_norm = self._batch_squares(names, factor)
+        processes = parallel.world_size()
+        return self._parts(self._name(len(seen)), names, sq_norms, sizes, batch_sq_norm, processes=processes)
 
     @staticmethod
     def _name(micro_batches: int) -> str:
@@ -406,27 +346,27 @@ class MicroBatchSource(_Source):
 class SplitSource(_Source):
     """The step's last micro-batch, split: a pass of its own for each piece, in the modes of training.
 
-    The whole gradient is the mean over the pieces, so that batch norm, which normalises within each,
+    The batch's gradient is the mean over the pieces, so that batch norm, which normalises within each,
     is the same in both.
     """
 
     pieces: ClassVar[int] = 8
 
-    def before_step(self) -> None:
+    def measure(self) -> GradientParts | Refusal:
         """Make the passes; the loss's own reduction is over examples."""
         if self.training.loss_fn is None:
-            raise UnsupportedError(
+            return UnsupportedError(
                 "a batch can only be split where the loss is known",
                 fix="Pass loss_fn=, which maps outputs and targets to the loss.",
             )
         if self.step.batch is None:
-            raise no_micro_batch()
+            return no_micro_batch()
         x, y = self.step.batch
         normalised = any(isinstance(m, _BatchNorm) and m.training for m in self.training.model.modules())
         least = FEWEST_NORMALISED if normalised else 1
         pieces = min(self.pieces, examples(x) // least)
         if pieces < 2:
-            raise SampleSkippedError(
+            return SampleSkippedError(
                 f"a batch is split into two or more pieces of {least} or more examples", got=examples(x)
             )
         parameters = list(self._trained.values())
@@ -435,29 +375,26 @@ class SplitSource(_Source):
         )
         sizes = counts.double()
         factors = torch.ones_like(sizes) if self._mean else 1.0 / sizes
-        weights = torch.full_like(sizes, 1.0 / pieces) if self._mean else sizes / sizes.sum()
+        shares = torch.full_like(sizes, 1.0 / pieces) if self._mean else sizes / sizes.sum()
         rows = torch.stack([self._squares(parameters, piece) for piece in gradients])
         sq_norms = rows * factors.to(rows)[:, None, None].square()
         total = [torch.zeros_like(p) for p in parameters]
-        for piece, share in zip(gradients, (weights * factors).tolist(), strict=True):
-            torch._foreach_add_(total, piece, alpha=share)
-        whole = self._squares(parameters, total)
-        self._keep("split batch", list(self._trained), sq_norms, counts, whole)
+        for piece, factor in zip(gradients, (shares * factors).tolist(), strict=True):
+            torch._foreach_add_(total, piece, alpha=factor)
+        batch_sq_norm = self._squares(parameters, total)
+        return self._parts("split batch", list(self._trained), sq_norms, counts, batch_sq_norm)
 
 
-class AutoSource(Collector):
+class AutoSource(PartsCollector):
     """The best source at hand: micro-batches and processes, else single examples, else a split batch.
 
     A batch is split where the loss is known and single examples are seen of too few parameters.
     """
 
-    moment: ClassVar[MomentName] = "before_step"
-
     def __init__(self, training: Training, step: Step, memory: Memory) -> None:
         super().__init__(training, step, memory)
         self._micro = MicroBatchSource(training, step, memory)
         self._examples: ExampleSource | None = None
-        self._chosen: Collector = self._micro
 
     def enter(self, size: int) -> None:
         """Hook the parameters; ride along too unless parts of another kind are known to come."""
@@ -474,31 +411,23 @@ class AutoSource(Collector):
         if self._examples is not None:
             self._examples.exit()
 
-    def before_step(self) -> None:
+    def measure(self) -> GradientParts | Refusal:
         """Choose by what came."""
-        if len(self.step.sizes) > 1 or parallel.world_size() > 1 or not self.step.sizes:
-            self._micro.before_step()
-        elif self._examples is None:
-            raise SampleSkippedError("this step has one micro-batch where the last had several")
-        elif self.training.loss_fn is None:
-            self._chosen = self._examples
-            self._chosen.before_step()
-        elif self._coverage(self._examples) >= LEAST_COVERAGE:
-            self._chosen = self._examples
-        else:
-            self._chosen = SplitSource(self.training, self.step, self.memory)
-            self._chosen.before_step()
-        sources = {self._micro, self._examples, self._chosen}
-        self.seconds_in_hooks = sum(source.seconds_in_hooks for source in sources if source is not None)
+        measured = self._choose()
+        self.seconds_in_hooks = self._micro.seconds_in_hooks
+        if self._examples is not None:
+            self.seconds_in_hooks += self._examples.seconds_in_hooks
+        return measured
 
-    @staticmethod
-    def _coverage(source: ExampleSource) -> float:
-        """Share of the parameters of which single examples are seen."""
-        try:
-            source.before_step()
-        except UnsupportedError:
-            return 0.0
-        return source.result().coverage
+    def _choose(self) -> GradientParts | Refusal:
+        if len(self.step.sizes) > 1 or parallel.world_size() > 1 or not self.step.sizes:
+            return self._micro.measure()
+        if self._examples is None:
+            return SampleSkippedError("this step has one micro-batch where the last had several")
+        measured = self._examples.measure()
+        if self.training.loss_fn is not None and _covers_too_little(measured):
+            return SplitSource(self.training, self.step, self.memory).measure()
+        return measured
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -506,6 +435,9 @@ class AutoSource(Collector):
         if self._examples is not None:
             self._examples.close()
 
-    def result(self) -> Chunks:
-        """The norms of this step's parts."""
-        return self._chosen.result()
+
+def _covers_too_little(measured: GradientParts | Refusal) -> bool:
+    """Whether single examples are never seen, or of too few parameters."""
+    if isinstance(measured, GradientParts):
+        return measured.coverage < LEAST_COVERAGE
+    return isinstance(measured, UnsupportedError)

@@ -19,10 +19,10 @@ from .update import UpdateCollector, WorkCollector
 from .weights import CentredWeightCollector, WeightCollector
 
 COLLECTORS: Mapping[str, type[Collector]] = {
-    "chunks": AutoSource,
-    "example_chunks": ExampleSource,
-    "norm_layer_chunks": NormLayerSource,
-    "split_chunks": SplitSource,
+    "gradient_parts": AutoSource,
+    "example_parts": ExampleSource,
+    "norm_layer_parts": NormLayerSource,
+    "split_parts": SplitSource,
     "gradient": GradientCollector,
     "previous_gradient": PreviousGradientCollector,
     "preconditioner": PreconditionerCollector,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..autodiff.functional import Forward
-from ..errors import MissingFieldError
+from ..errors import InputError, MissingFieldError
 from ..optimizers.base import GroupSettings, ParameterStep
 from .gradient import Gradient
 from .sections import Section
@@ -18,7 +18,7 @@ from .sections import Section
 _SUPPLIED_BY = {
     "probe": "Monitor(probe=...) or the first call of monitor.micro_batch(x, y)",
     **dict.fromkeys(
-        ("chunks", "example_chunks", "norm_layer_chunks", "split_chunks"),
+        ("gradient_parts", "example_parts", "norm_layer_parts", "split_parts"),
         "monitor.micro_batch(x, y) around each forward and backward, then monitor.before_step()",
     ),
     **dict.fromkeys(
@@ -52,37 +52,37 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Chunks:
+class GradientParts:
     """Squared gradient norms of parts of one batch, each part's gradient that of its own mean loss.
 
     Args:
         source: Where the parts come from, in words.
         sq_norms: Squared norm of each part's mean gradient by section, loss scale removed.
         sizes: Examples in each part.
-        weights: Share of each part in this process's mean gradient.
-        batch_sq_norm: Squared norm of the whole mean gradient over the same parameters, before clipping.
-        counted: 1, or 0 where the gradient is not finite and this step must not count.
+        shares: Share of each part in this process's mean gradient.
+        batch_sq_norm: Squared norm of the batch's mean gradient over the same parameters, before clipping.
+        weight: 1, or 0 where the gradient is not finite and this step must not count.
         parameters: Number of parameters behind these norms by section.
         coverage: Their share of all trainable parameters.
         skipped: Why the others are missing, by parameter name.
-        processes: Processes whose parts make up the whole gradient.
+        processes: Processes whose parts make up the batch's gradient.
         preconditioned: The same in the metric of the optimizer's own steps, where it is asked for.
 
     Shapes:
-        sq_norms ``[k, U]``, sizes and weights ``[k]``, batch_sq_norm and parameters ``[U]``, counted scalar.
+        sq_norms ``[k, U]``, sizes and shares ``[k]``, batch_sq_norm and parameters ``[U]``, weight scalar.
     """
 
     source: str
     sq_norms: Tensor
     sizes: Tensor
-    weights: Tensor
+    shares: Tensor
     batch_sq_norm: Tensor
-    counted: Tensor
+    weight: Tensor
     parameters: Tensor
     coverage: float
     skipped: Mapping[str, str]
     processes: int = 1
-    preconditioned: Chunks | None = None
+    preconditioned: GradientParts | None = None
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class Curvature:
         forms: The same through the Hessian of a third part, at ``[Hessian, step, step]``.
         sizes: Examples in each part.
         noise_share: Variance of the gradient that makes the step over that of one example, 1 / B.
-        counted: 1, or 0 where something is not finite and this step must not count.
+        weight: 1, or 0 where something is not finite and this step must not count.
 
     Shapes:
-        gram and step_gram ``[k, k]``, forms ``[k, k, k]``, sizes ``[k]``, counted scalar.
+        gram and step_gram ``[k, k]``, forms ``[k, k, k]``, sizes ``[k]``, weight scalar.
     """
 
     gram: Tensor
@@ -108,7 +108,7 @@ class Curvature:
     forms: Tensor
     sizes: Tensor
     noise_share: float
-    counted: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,11 @@ class Weights:
     drifts: int = 0
 
 
-_UNSET: Any = object()
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Snapshot:
     """One moment of training. A missing field raises and names the call that supplies it.
+
+    A field that nobody supplied is not set, so that making a snapshot costs one dictionary.
 
     Args:
         step: The optimizer step under which this batch's loss is logged.
@@ -178,15 +177,14 @@ class Snapshot:
         forward: Maps model and inputs to outputs ``[N, O]``.
         groups: The optimizer's settings by parameter group.
         sections: Which parameters are read together.
-        loss_reduction: ``"mean"`` or ``"sum"`` over the examples of a batch.
         batch_size: Examples behind this step's gradient.
         dataset_size: Examples in the training set.
         replacement: Whether batches are drawn with replacement.
         probe: The fixed batch.
-        chunks: Gradient norms of parts of the batch, from the best source at hand.
-        example_chunks: The same from single examples.
-        norm_layer_chunks: The same from single examples as the norm layers see them.
-        split_chunks: The same from a batch that was split.
+        gradient_parts: Gradient norms of parts of the batch, from the best source at hand.
+        example_parts: The same from single examples.
+        norm_layer_parts: The same from single examples as the norm layers see them.
+        split_parts: The same from a batch that was split.
         gradient: The unclipped gradient of this step.
         previous_gradient: That of the step before; ``None`` where it was not seen, as at the first step.
         preconditioner: The metric of the optimizer's own steps, before this one.
@@ -198,9 +196,11 @@ class Snapshot:
         centred_weights: The same, relative to the weights at the window's first record.
         step_factors: How far the optimizer moves each weight per unit of gradient, by parameter name.
         parameter_steps: How the optimizer makes each parameter's steps from gradients, by its name.
+        loss_reduction: ``"mean"`` or ``"sum"`` over the examples of a batch.
         loss_fn: Maps outputs and targets of a batch to its loss; ``None`` where it is not known.
 
     Raises:
+        InputError: A field that does not exist.
         MissingFieldError: On reading a field that was not supplied.
 
     Example:
@@ -211,42 +211,56 @@ class Snapshot:
     """  # noqa: E501
 
     step: int
-    model: nn.Module = _UNSET
-    forward: Forward = _UNSET
-    groups: tuple[GroupSettings, ...] = _UNSET
-    sections: tuple[Section, ...] = _UNSET
+    model: nn.Module
+    forward: Forward
+    groups: tuple[GroupSettings, ...]
+    sections: tuple[Section, ...]
+    batch_size: int
+    dataset_size: int
+    replacement: bool
+    probe: Probe
+    gradient_parts: GradientParts
+    example_parts: GradientParts
+    norm_layer_parts: GradientParts
+    split_parts: GradientParts
+    gradient: Gradient
+    previous_gradient: Gradient | None
+    preconditioner: Any
+    curvature: Curvature
+    step_curvature: Curvature
+    update: Update
+    work: Work
+    weights: Weights
+    centred_weights: Weights
+    step_factors: Mapping[str, float | Tensor]
+    parameter_steps: Mapping[str, ParameterStep]
     loss_reduction: str = "mean"
-    batch_size: int = _UNSET
-    dataset_size: int = _UNSET
-    replacement: bool = _UNSET
-    probe: Probe = _UNSET
-    chunks: Chunks = _UNSET
-    example_chunks: Chunks = _UNSET
-    norm_layer_chunks: Chunks = _UNSET
-    split_chunks: Chunks = _UNSET
-    gradient: Gradient = _UNSET
-    previous_gradient: Gradient | None = _UNSET
-    preconditioner: Any = _UNSET
-    curvature: Curvature = _UNSET
-    step_curvature: Curvature = _UNSET
-    update: Update = _UNSET
-    work: Work = _UNSET
-    weights: Weights = _UNSET
-    centred_weights: Weights = _UNSET
-    step_factors: Mapping[str, float | Tensor] = _UNSET
-    parameter_steps: Mapping[str, ParameterStep] = _UNSET
     loss_fn: Callable[[Any, Any], Tensor] | None = None
 
-    def __getattribute__(self, name: str) -> Any:
-        """Refuse a field that nobody supplied."""
-        value = object.__getattribute__(self, name)
-        if value is _UNSET:
-            source = _SUPPLIED_BY.get(name, f"Snapshot({name}=...)")
-            step = object.__getattribute__(self, "step")
+    def __init__(self, step: int, **fields: Any) -> None:
+        if not fields.keys() <= _FIELDS:
+            fields = {present_name(name): value for name, value in fields.items()}
+            unknown = fields.keys() - _FIELDS
+            if unknown:
+                raise InputError(
+                    "a snapshot has no such field",
+                    got=", ".join(sorted(unknown)),
+                    fix=f"Write one of {', '.join(sorted(_FIELDS))}.",
+                )
+        self.__dict__.update(fields, step=step)
+
+    if not TYPE_CHECKING:  # so that a field that does not exist is still found by a type checker
+
+        def __getattr__(self, name: str) -> Any:
+            """Refuse a field that nobody supplied; reached only where nothing of this name is set."""
+            if name in RENAMED:
+                return getattr(self, present_name(name))
+            if name not in _FIELDS:
+                raise AttributeError(f"a snapshot has no field {name!r}")
             raise MissingFieldError(
-                f"the snapshot of step {step} has no {name!r}", fix=f"It is supplied by {source}."
+                f"the snapshot of step {self.__dict__.get('step')} has no {name!r}",
+                fix=f"It is supplied by {_SUPPLIED_BY.get(name, f'Snapshot({name}=...)')}.",
             )
-        return value
 
     @property
     def section_settings(self) -> list[GroupSettings]:
@@ -259,7 +273,8 @@ class Snapshot:
         Args:
             name: A field.
         """
-        return object.__getattribute__(self, name) is not _UNSET
+        name = present_name(name)
+        return name in self.__dict__ or name in _DEFAULTS
 
     def replace(self, **fields: Any) -> Snapshot:
         """A copy with more fields.
@@ -267,9 +282,35 @@ class Snapshot:
         Args:
             fields: What to add.
         """
-        given = {
-            f.name: object.__getattribute__(self, f.name)
-            for f in dataclasses.fields(self)
-            if self.has(f.name)
-        }
-        return Snapshot(**{**given, **fields})
+        return Snapshot(**{**self.__dict__, **fields})
+
+
+_FIELDS = frozenset(Snapshot.__annotations__)
+_DEFAULTS = frozenset({"loss_reduction", "loss_fn"})
+RENAMED: Mapping[str, str] = {
+    "chunks": "gradient_parts",
+    "example_chunks": "example_parts",
+    "norm_layer_chunks": "norm_layer_parts",
+    "split_chunks": "split_parts",
+}
+"""Fields of snapshots by the names they had; these go with the next release."""
+
+
+def present_name(field: str) -> str:
+    """A field's name of today; a warning where it had another.
+
+    Args:
+        field: As observables ask for it.
+    """
+    if field not in RENAMED:
+        return field
+    message = f"the snapshot's {field!r} is now called {RENAMED[field]!r}"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    return RENAMED[field]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Chunks":
+        warnings.warn("Chunks is now called GradientParts", DeprecationWarning, stacklevel=2)
+        return GradientParts
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

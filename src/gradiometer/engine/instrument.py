@@ -13,7 +13,7 @@ from torch import Tensor
 from ..collect.registry import COLLECTORS
 from ..collect.snapshot import Snapshot
 from ..errors import InputError, SampleSkippedError, UnsupportedError
-from ..observables.base import Estimate, Observable
+from ..observables.base import Estimate, Observable, as_sample
 from ..record.readings import Reading, make_key, quantity_of
 from ..stats.estimators import Estimator
 from ..stats.jackknife import correlated_jackknife, t_quantile
@@ -87,9 +87,9 @@ class Instrument:
             taking: Where the sample goes.
             snapshot: All that the observable may look at.
         """
-        statistics = self.observable.statistics(snapshot)
-        if statistics is not None:  # else it is not there yet
-            taking.sample = {name: value.detach() for name, value in statistics.items()}
+        answer = self.observable.statistics(snapshot)
+        if answer is not None:  # else it is not there yet
+            taking.sample, taking.weight = as_sample(answer)
         if taking.recording:
             taking.levels = self.observable.levels(snapshot)
             taking.note = self.observable.note(snapshot)
@@ -108,7 +108,8 @@ class Instrument:
         self.estimator.close(step, taking.levels)
         reference = self.estimator.reference()
         rows, weights = self.estimator.replicates()
-        values = self.observable.readings(rows | self.estimator.levels(), reference)
+        now = rows | self.estimator.levels()
+        values = self.observable.readings(now, reference) if now or reference.samples else {}
         self.observable.check_words(values)
         numbers = {
             name: _as_rows(value) for name, value in values.items() if name not in self.observable.arrays

@@ -132,7 +132,7 @@ class Instruments:
         for taking in step.takings:
             if taking.sample is not None and not taking.failed:
                 try:
-                    self._instruments[taking.name].estimator.add(taking.sample)
+                    self._instruments[taking.name].estimator.add(taking.sample, taking.weight)
                 except Exception as error:
                     self.fail(step, taking, error)
         recording = [taking for taking in step.takings if taking.recording]

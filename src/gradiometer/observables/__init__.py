@@ -16,12 +16,12 @@ from ..errors import InputError
 
 if TYPE_CHECKING:  # what a type checker knows of this folder; anything else is of any type to it
     from .base import *
-    from .curvature_noise import *
     from .fluctuation_dissipation import *
     from .gradient_noise_scale import *
     from .jacobian_norm import *
     from .learning_rate_limit import *
     from .neural_tangent_kernel import *
+    from .noise_curvature import *
     from .schedules import *
     from .second_fluctuation_dissipation import *
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
 
-from ..collect.snapshot import Snapshot
+from ..collect.snapshot import RENAMED, Snapshot, present_name
 from ..record.readings import Quantity, quantity_of
 from ..stats.estimators import Estimator, Last, Reference
 from .relations import CrossCheck
@@ -19,6 +19,7 @@ __all__ = [
     "Estimate",
     "Numbers",
     "Observable",
+    "Sample",
 ]
 
 Numbers = Mapping[str, Any]
@@ -45,6 +46,34 @@ class Estimate(NamedTuple):
     note: str = ""
 
 
+class Sample(NamedTuple):
+    """Statistics of one step, and how much this step counts.
+
+    Args:
+        statistics: Tensors that are averaged over sampling steps and processes.
+        weight: 1 for a step that counts and 0 for one that must not, such as a step whose gradient is not
+            finite. A tensor on the device of the statistics where only the device knows.
+
+    Example:
+        >>> loss = torch.tensor(torch.inf)
+        >>> Sample({"loss": loss}, weight=loss.isfinite()).weight
+        tensor(False)
+    """
+
+    statistics: Mapping[str, Tensor]
+    weight: float | Tensor = 1.0
+
+
+def as_sample(answer: Mapping[str, Tensor] | Sample) -> Sample:
+    """What ``statistics`` returned, with its weight.
+
+    Args:
+        answer: Plain statistics count once.
+    """
+    statistics, weight = answer if isinstance(answer, Sample) else (answer, 1.0)
+    return Sample({name: value.detach() for name, value in statistics.items()}, weight)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Observable(ABC):
     """One quantity of the training run: which data it needs, what it averages, what it reads.
@@ -52,6 +81,14 @@ class Observable(ABC):
     A subclass sets the class attributes and writes ``readings`` and at least one of ``statistics``
     (averaged over sampling steps, and over processes) and ``levels`` (state functions, taken at
     recording steps and compared with earlier ones).
+
+    Neither of these two is a failure, also under ``Monitor(on_error="raise")``:
+
+    * *This step does not count*: ``statistics`` returns ``Sample(statistics, weight=0)``, and the averages,
+      the number of samples and the errors stay as if the step had not been.
+    * *Not yet*: ``statistics`` returns ``None`` where it has nothing to go by, such as a step before this
+      one; nothing is added. ``readings`` is not asked before the first sample, and may itself return
+      ``{}`` while there is nothing to read.
 
     Args:
         schedule: When a reading is recorded; a number of steps is read as a cadence.
@@ -91,6 +128,12 @@ class Observable(ABC):
     schedule: Schedule | int = 100
     sampling: Schedule | int | None = None
     estimator: Estimator | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in ("needs", "level_needs"):
+            if not RENAMED.keys().isdisjoint(getattr(cls, name)):
+                setattr(cls, name, frozenset(map(present_name, getattr(cls, name))))
 
     def __post_init__(self) -> None:
         """Read numbers as cadences, and choose the estimator."""
@@ -152,8 +195,8 @@ class Observable(ABC):
         """Names of the quantities it reads with its present settings; ``nan`` where it fails."""
         return frozenset(self.quantities)
 
-    def statistics(self, snapshot: Snapshot) -> Mapping[str, Tensor] | None:
-        """Tensors that are averaged over sampling steps and processes; ``None`` while there are none yet."""
+    def statistics(self, snapshot: Snapshot) -> Mapping[str, Tensor] | Sample | None:
+        """Tensors that are averaged over sampling steps and processes; ``None`` for "not yet"."""
         del snapshot
         return {}
 

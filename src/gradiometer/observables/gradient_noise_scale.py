@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ..autodiff.factors import Plain
 from ..autodiff.functional import call, check_inputs, examples, measuring, outside_inference, take
 from ..autodiff.tape import LayerTape
-from ..collect.snapshot import Chunks, Snapshot
+from ..collect.snapshot import GradientParts, Snapshot
 from ..errors import InputError, SampleSkippedError, UnsupportedError
 from ..optimizers import GroupSettings
 from ..parallel import world_size
@@ -27,7 +27,7 @@ from ..record.readings import Quantity, Reading, sibling
 from ..stats.estimators import Estimator, Reference, Window
 from ..stats.jackknife import jackknife_covariance, ratio_interval, t_quantile
 from ..stats.linalg import accumulation_dtype
-from .base import Estimate, Numbers, Observable
+from .base import Estimate, Numbers, Observable, Sample
 from .relations import CrossCheck, differs
 from .schedules import Schedule
 
@@ -78,8 +78,8 @@ def gradient_noise_scale(
         unequal parts are ours.
 
     Example:
-        >>> one = torch.tensor([0.75, 0.75])          # two contributions of squared norm 3/4: g_j^2 = 3
-        >>> gradient_noise_scale(one, torch.ones(2), torch.tensor(2.0))
+        >>> sq_norms = torch.tensor([0.75, 0.75])     # two contributions of squared norm 3/4: g_j^2 = 3
+        >>> gradient_noise_scale(sq_norms, torch.ones(2), torch.tensor(2.0))
         {'trace': tensor(2., dtype=torch.float64), 'grad_sq_norm': tensor(1., dtype=torch.float64)}
     """
     if loss_reduction not in ("mean", "sum"):
@@ -98,35 +98,47 @@ def gradient_noise_scale(
     mean = loss_reduction == "mean"
     share = torch.full_like(b, 1.0 / k) if mean else b / b.sum()
     factor = torch.full_like(b, k) if mean else 1.0 / b
-    whole = batch_sq_norm.double() / (1.0 if mean else b.sum().square())
+    batch_mean = batch_sq_norm.double() / (1.0 if mean else b.sum().square())
     means = sq_norms.double()[:, None] * factor.square()[:, None]
-    trace, signal = _solve(_moments(means, b, share, whole[None]))
+    trace, signal = _solve(_moments(means, b, share, batch_mean[None]), torch.ones_like(b[0]))
     return {"trace": trace[0], "grad_sq_norm": signal[0]}
 
 
+PARTS, BATCH, PARTS_NOISE, BATCH_NOISE = range(4)
+"""The moments that are averaged: A and C of the formula, and what multiplies the trace in each."""
+
+
 def _moments(
-    sq_norms: Tensor, sizes: Tensor, weights: Tensor, batch_sq_norm: Tensor, processes: int = 1
-) -> dict[str, Tensor]:
-    """What is averaged: A and C of the formula, and what multiplies the trace in each.
+    sq_norms: Tensor, sizes: Tensor, shares: Tensor, batch_sq_norm: Tensor, processes: int = 1
+) -> Tensor:
+    """The moments of one source at one step, ``[moment, U]``.
 
     All are sums over parts, so that those of several processes may be averaged too.
     """
-    b, w = sizes.to(sq_norms), weights.to(sq_norms)
-    return {
-        "parts": (w[:, None] * sq_norms).sum(0),
-        "whole": batch_sq_norm,
-        "single": (w / b).sum(),
-        "batch": (w.square() / b).sum() / processes,
-        "counted": torch.ones_like(b[0]),
-    }
+    b, w = sizes.to(sq_norms), shares.to(sq_norms)
+    parts_noise, batch_noise = (w / b).sum(), (w.square() / b).sum() / processes
+    parts_sq_norm = (w[:, None] * sq_norms).sum(0)
+    return torch.stack(
+        [
+            parts_sq_norm,
+            batch_sq_norm,
+            parts_noise.expand_as(batch_sq_norm),
+            batch_noise.expand_as(batch_sq_norm),
+        ]
+    )
 
 
-def _solve(now: Mapping[str, Tensor], prefix: str = "") -> tuple[Tensor, Tensor]:
-    """Trace and squared gradient of each section ``[..., U]`` from averages of the moments."""
-    parts, whole = now[prefix + "parts"], now[prefix + "whole"]
-    single, batch, counted = (now[prefix + name][..., None] for name in ("single", "batch", "counted"))
-    trace = (parts - whole) / (single - batch)
-    return trace, (whole - trace * batch) / counted
+def _solve(moments: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Trace and squared gradient of each section ``[..., U]`` from averages over steps.
+
+    Args:
+        moments: Averages ``[..., moment, U]``, with zeros for the steps without this source.
+        weight: Share of the steps with it, ``[...]``.
+    """
+    parts, batch = moments[..., PARTS, :], moments[..., BATCH, :]
+    parts_noise, batch_noise = moments[..., PARTS_NOISE, :], moments[..., BATCH_NOISE, :]
+    trace = (parts - batch) / (parts_noise - batch_noise)
+    return trace, (batch - trace * batch_noise) / weight[..., None]
 
 
 def per_example_grad_norms(
@@ -203,8 +215,8 @@ def per_example_grad_norms(
             rows = _loss_cotangents(loss_fn, leaves, spec, take(y, part), len(recording.output))
             squares = rows.new_zeros(len(rows), dtype=accumulation_dtype(rows.device))
             for side in recording.sides(rows[None]).values():
-                whole = side.uses[0] if len(side.uses) == 1 else Plain(side.dense())
-                squares += whole.sq_norms()[0]
+                gradient = side.uses[0] if len(side.uses) == 1 else Plain(side.dense())
+                squares += gradient.sq_norms()[0]
             norms.append(squares.sqrt())
     return torch.cat(norms)
 
@@ -215,20 +227,20 @@ def _loss_cotangents(
     """Derivative of each example's own loss with respect to its outputs, ``[N, S]``."""
     rows = []
     for n in range(count):
-        own = [
+        shown = [
             leaf.detach()[n : n + 1].requires_grad_(leaf.requires_grad)
             if isinstance(leaf, Tensor) and leaf.ndim
             else leaf
             for leaf in leaves
         ]
-        loss = loss_fn(pytree.tree_unflatten(own, spec), take(y, slice(n, n + 1)))
+        loss = loss_fn(pytree.tree_unflatten(shown, spec), take(y, slice(n, n + 1)))
         if loss.numel() != 1:
             raise InputError(
                 "loss_fn must return one number",
                 got=f"shape {list(loss.shape)}",
                 fix='Write loss_fn=nn.CrossEntropyLoss(), or any other with reduction="mean".',
             )
-        moved = [leaf for leaf in own if isinstance(leaf, Tensor) and leaf.requires_grad]
+        moved = [leaf for leaf in shown if isinstance(leaf, Tensor) and leaf.requires_grad]
         grads = torch.autograd.grad(loss.sum(), moved, allow_unused=True, materialize_grads=True)
         rows.append(torch.cat([grad.reshape(-1) for grad in grads]))
     return torch.stack(rows)
@@ -368,11 +380,21 @@ def _contradicted_by_second_source(readings: Mapping[str, Reading], groups: Sequ
 
 Source = Literal["auto", "per example", "norm layers", "split batch"]
 _FIELDS: Mapping[str, str] = {
-    "auto": "chunks",
-    "per example": "example_chunks",
-    "norm layers": "norm_layer_chunks",
-    "split batch": "split_chunks",
+    "auto": "gradient_parts",
+    "per example": "example_parts",
+    "norm layers": "norm_layer_parts",
+    "split batch": "split_parts",
 }
+
+
+FIRST, FULL, CHECK, PRECONDITIONED = "first", "full", "check", "preconditioned"
+"""Rows of the statistics: the source asked for, the one that calibrates it, the one that checks it, and the
+first or the calibrating one in the optimizer's metric."""
+
+
+def _first_at(other: str) -> str:
+    """Row of what the first source says of the steps at which there is the other."""
+    return f"{FIRST} at {other}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -579,9 +601,20 @@ class GradientNoiseScale(Observable):
 
     @property
     def _others(self) -> dict[str, str]:
-        """Snapshot fields of the sources at recording steps only, by the prefix of their moments."""
-        fields = {"full_": _FIELDS["auto"]} if self.source == "norm layers" else {}
-        return fields | ({"check_": _FIELDS[self.cross_check]} if self.cross_check is not None else {})
+        """Snapshot fields of the sources at recording steps only, by row."""
+        fields = {FULL: _FIELDS["auto"]} if self.source == "norm layers" else {}
+        return fields | ({CHECK: _FIELDS[self.cross_check]} if self.cross_check is not None else {})
+
+    @property
+    def _rows(self) -> list[str]:
+        """What stands along the axis of the sources."""
+        others = [row for other in self._others for row in (other, _first_at(other))]
+        return [FIRST, *others, *([PRECONDITIONED] if self.preconditioned else [])]
+
+    @property
+    def _main(self) -> str:
+        """The row that is read."""
+        return FULL if self.source == "norm layers" else FIRST
 
     def required(self, recording: bool) -> frozenset[str]:
         """The parts of the batch; those that calibrate or check at recording steps only."""
@@ -594,7 +627,7 @@ class GradientNoiseScale(Observable):
     def optional(self) -> frozenset[str]:
         """The second source and the metric: without either the scale itself stands."""
         check = {_FIELDS[self.cross_check]} if self.cross_check is not None else set()
-        return frozenset({"preconditioner"} | check - {_FIELDS[self.source], self._others.get("full_")})
+        return frozenset({"preconditioner"} | check - {_FIELDS[self.source], self._others.get(FULL)})
 
     @property
     def names(self) -> frozenset[str]:
@@ -608,33 +641,55 @@ class GradientNoiseScale(Observable):
         }
         return frozenset(name for name in self.quantities if asked.get(name, True))
 
-    def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        """Moments of every source at this step, and the settings they go with."""
-        first: Chunks = getattr(snapshot, _FIELDS[self.source])
+    def statistics(self, snapshot: Snapshot) -> Sample:
+        """Moments of every source at this step, and the settings they go with.
+
+        Each source has a weight of its own beside that of the step: 0 where it was not measured.
+        """
+        first: GradientParts = getattr(snapshot, _FIELDS[self.source])
         if len(first.sq_norms) * first.processes < 2:
             raise SampleSkippedError(
                 "the noise scale needs at least two parts of a batch",
                 got=len(first.sq_norms),
                 fix="This step is left out; use batches of two or more examples, or accumulate.",
             )
-        statistics = _masked(first, first)
-        for prefix, field in self._others.items():
-            chunks = getattr(snapshot, field) if snapshot.has(field) else None
-            if prefix == "check_" and chunks is not None and not comparable(first, chunks):
-                chunks = None
-            other, own = _masked(chunks, first), _masked(first, first)
-            statistics |= {prefix + name: value for name, value in other.items()}
-            # what the first source says of the steps at which there is the other
-            statistics |= {f"at_{prefix}{name}": value * other["counted"] for name, value in own.items()}
-        if self.preconditioned:
-            field = self._others.get("full_", _FIELDS[self.source])
-            chunks = getattr(snapshot, field).preconditioned if snapshot.has(field) else None
-            own = _masked(chunks, first)
-            statistics |= {"preconditioned_" + name: value for name, value in own.items()}
-        scalars = {"batch_size": float(snapshot.batch_size), **self._heat(snapshot)}
+        rows = self._measured(snapshot, first)
+        moments, weights, parameters = zip(*(rows[name] for name in self._rows), strict=True)
+        statistics = {
+            "moments": torch.stack(moments),
+            "source_weight": torch.stack(weights),
+            "parameters": torch.stack(parameters),
+        }
+        settings = {"batch_size": float(snapshot.batch_size), **self._heat(snapshot)}
         if snapshot.has("dataset_size"):
-            scalars["dataset_size"] = float(snapshot.dataset_size)
-        return statistics | {name: first.counted * value for name, value in scalars.items()}
+            settings["dataset_size"] = float(snapshot.dataset_size)
+        for name, value in settings.items():
+            statistics[name] = first.sq_norms.new_full((), value)
+        return Sample(statistics, first.weight)
+
+    def _measured(self, snapshot: Snapshot, first: GradientParts) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Moments, weight and number of parameters by row; zeros where a source was not measured."""
+        absent = torch.zeros_like(first.weight)
+        moments = _moments_of(first, first)
+        rows = {FIRST: (first, torch.ones_like(first.weight))}
+        for other, field in self._others.items():
+            parts = getattr(snapshot, field) if snapshot.has(field) else None
+            if other == CHECK and parts is not None and not comparable(first, parts):
+                parts = None
+            weight = absent if parts is None else parts.weight
+            rows |= {other: (parts or first, weight), _first_at(other): (first, weight)}
+        if self.preconditioned:
+            field = self._others.get(FULL, _FIELDS[self.source])
+            parts = getattr(snapshot, field).preconditioned if snapshot.has(field) else None
+            rows[PRECONDITIONED] = (parts or first, absent if parts is None else parts.weight)
+        return {
+            name: (
+                (moments if parts is first else _moments_of(parts, first)) * weight,
+                weight,
+                parts.parameters.sum() * weight,
+            )
+            for name, (parts, weight) in rows.items()
+        }
 
     @staticmethod
     def _heat(snapshot: Snapshot) -> dict[str, float]:
@@ -655,67 +710,78 @@ class GradientNoiseScale(Observable):
 
     def note(self, snapshot: Snapshot) -> str:
         """Source, reduction, coverage, sampling."""
-        chunks: Chunks = getattr(snapshot, _FIELDS[self.source])
-        text = f"{chunks.source}, {_reduction(snapshot.loss_reduction)}, {_coverage(chunks.coverage)}"
-        if chunks.skipped:
-            names = sorted(chunks.skipped)
+        parts: GradientParts = getattr(snapshot, _FIELDS[self.source])
+        text = f"{parts.source}, {_reduction(snapshot.loss_reduction)}, {_coverage(parts.coverage)}"
+        if parts.skipped:
+            names = sorted(parts.skipped)
             text += f"; skipped: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
         if snapshot.has("replacement") and not snapshot.replacement:
             text += f"; {WITHOUT_REPLACEMENT}"
         if self.cross_check is not None and snapshot.has(_FIELDS[self.cross_check]):
-            other: Chunks = getattr(snapshot, _FIELDS[self.cross_check])
-            verb = "checked against" if comparable(chunks, other) else "not comparable with"
+            other: GradientParts = getattr(snapshot, _FIELDS[self.cross_check])
+            verb = "checked against" if comparable(parts, other) else "not comparable with"
             text += f"; {verb}: {other.source}, {_coverage(other.coverage)}"
         return text
 
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
         """Ratios of the averages with their intervals, in total and per section."""
         weights = reference.weights
-        source = "full_" if self.source == "norm layers" else ""
-        traces, signals = _solve(now, source)
+        traces, signals = self._solved(now, self._main)
         readings: dict[str, Tensor | Estimate] = {}
         sections = traces.shape[-1]
         for u in range(sections) if sections > 1 else ():
             readings |= {f"trace/{u}": traces[..., u], f"grad_sq_norm/{u}": signals[..., u]}
-            own = resolved_scale(traces[..., u], signals[..., u], weights)
-            readings |= {f"{name}/{u}": value for name, value in own.items()}
+            scales = resolved_scale(traces[..., u], signals[..., u], weights)
+            readings |= {f"{name}/{u}": value for name, value in scales.items()}
         trace, signal = traces.sum(-1), signals.sum(-1)
         readings |= {"trace": trace, "grad_sq_norm": signal}
-        readings["batch_grad_sq_norm"] = now[source + "whole"].sum(-1) / now[source + "counted"]
+        main = self._rows.index(self._main)
+        batch_sq_norm = now["moments"][:, main, BATCH].sum(-1)
+        readings["batch_grad_sq_norm"] = batch_sq_norm / now["source_weight"][:, main]
         above, below = trace, signal
-        if source:
-            all_trace, all_signal = (moment.sum(-1) for moment in _solve(now))
-            own_trace, own_signal = (moment.sum(-1) for moment in _solve(now, "at_full_"))
-            readings["norm_layer_factor"] = (trace / signal) / (own_trace / own_signal)
-            above, below = all_trace * trace * own_signal, all_signal * signal * own_trace
-        total = resolved_scale(above, below, weights)
-        scale = total["scale"]
+        if self._main == FULL:
+            all_trace, all_signal = self._total(now, FIRST)
+            paired_trace, paired_signal = self._total(now, _first_at(FULL))
+            readings["norm_layer_factor"] = (trace / signal) / (paired_trace / paired_signal)
+            above, below = all_trace * trace * paired_signal, all_signal * signal * paired_trace
+        scales = resolved_scale(above, below, weights)
         if "dataset_size" in now:
-            scale = _beside(scale, float((now["dataset_size"] / now["counted"])[0]))
-        readings |= {**total, "scale": scale}
-        batch = now["batch_size"] / now["counted"]
-        readings["critical_batch_fraction"] = Estimate(
-            batch / (batch + scale.value),
-            scale.stderr,
-            low=None if scale.high is None else float(batch[0] / (batch[0] + scale.high)),
-            high=None if scale.low is None else float(batch[0] / (batch[0] + scale.low)),
-            resolved=scale.resolved,
-        )
+            scales["scale"] = _beside(scales["scale"], float(now["dataset_size"][0]))
+        readings |= scales
+        readings["critical_batch_fraction"] = _critical_fraction(now["batch_size"], scales["scale"])
+        readings |= self._noise_of_sgd(now, reference, trace)
+        if self.cross_check is not None:
+            readings["source_ratio"] = self._total(now, CHECK)[0] / self._total(now, _first_at(CHECK))[0]
+        if self.preconditioned:
+            trace, signal = self._total(now, PRECONDITIONED)
+            readings |= {"preconditioned_trace": trace, "preconditioned_grad_sq_norm": signal}
+            readings["preconditioned_scale"] = resolved_scale(trace, signal, weights)["scale"]
+        return readings
+
+    def _solved(self, now: Mapping[str, Tensor], row: str) -> tuple[Tensor, Tensor]:
+        """Trace and squared gradient of a source by section, ``[R, U]``."""
+        index = self._rows.index(row)
+        return _solve(now["moments"][:, index], now["source_weight"][:, index])
+
+    def _total(self, now: Mapping[str, Tensor], row: str) -> tuple[Tensor, Tensor]:
+        """The same over all sections, ``[R]``."""
+        trace, signal = self._solved(now, row)
+        return trace.sum(-1), signal.sum(-1)
+
+    def _noise_of_sgd(
+        self, now: Mapping[str, Tensor], reference: Reference, trace: Tensor
+    ) -> dict[str, Estimate]:
+        """SGD's own noise scale and temperature, where its steps are known."""
+        readings = {}
         if "sgd_scale" in now:
             readings["sgd_scale"] = Estimate(_latest("sgd_scale", reference), 0.0)
         if "heat" in now:
-            parameters = now[source + "parameters"] / now[source + "counted"]
+            main = self._rows.index(self._main)
+            parameters = now["parameters"][:, main] / now["source_weight"][:, main]
             temperature, epoch = _latest("heat", reference) / parameters * trace, ""
             if "dataset_size" in now:  # of the usual batch, not of a short one at the end of an epoch
                 epoch = f"{float((now['dataset_size'] / now['batch_size'])[0]):.3g} batches per epoch"
             readings["temperature"] = Estimate(temperature, note=epoch)
-        if self.cross_check is not None:
-            first, second = (_solve(now, prefix)[0].sum(-1) for prefix in ("at_check_", "check_"))
-            readings["source_ratio"] = second / first
-        if self.preconditioned:
-            trace, signal = (moment.sum(-1) for moment in _solve(now, "preconditioned_"))
-            readings |= {"preconditioned_trace": trace, "preconditioned_grad_sq_norm": signal}
-            readings["preconditioned_scale"] = resolved_scale(trace, signal, weights)["scale"]
         return readings
 
 
@@ -723,7 +789,7 @@ BATCH_GRAD_SQ_NORM_KEY = GradientNoiseScale.key(BATCH_GRAD_SQ_NORM)
 """For the relation that another observable checks it by."""
 
 
-def comparable(first: Chunks, second: Chunks) -> bool:
+def comparable(first: GradientParts, second: GradientParts) -> bool:
     """Whether two sources look at the same numbers of parameters in every section.
 
     Args:
@@ -733,26 +799,34 @@ def comparable(first: Chunks, second: Chunks) -> bool:
     return torch.equal(first.parameters, second.parameters)
 
 
-def _masked(chunks: Chunks | None, like: Chunks) -> dict[str, Tensor]:
-    """Moments of one source; zeros where it was not measured, or where this step must not count."""
-    held = chunks or like
-    moments = _moments(held.sq_norms, held.sizes, held.weights, held.batch_sq_norm, held.processes)
-    moments["parameters"] = held.parameters.sum()
-    counted = held.counted if chunks is not None else torch.zeros_like(held.counted)
-    return {name: value * counted for name, value in moments.items()}
+def _moments_of(parts: GradientParts, like: GradientParts) -> Tensor:
+    """Moments of one source, in the form of the first one's."""
+    moments = _moments(parts.sq_norms, parts.sizes, parts.shares, parts.batch_sq_norm, parts.processes)
+    return moments.to(like.sq_norms)
+
+
+def _critical_fraction(batch: Tensor, scale: Estimate) -> Estimate:
+    """``B / (B + B_simple)``, with the ends of the scale's interval."""
+    return Estimate(
+        batch / (batch + scale.value),
+        scale.stderr,
+        low=None if scale.high is None else float(batch[0] / (batch[0] + scale.high)),
+        high=None if scale.low is None else float(batch[0] / (batch[0] + scale.low)),
+        resolved=scale.resolved,
+    )
 
 
 def _latest(name: str, reference: Reference) -> float:
     """A setting as it was at the last records, since settings are not averaged."""
-    blocks = reference.block_means
-    return float(blocks[name][-1] / blocks["counted"][-1]) if blocks["counted"][-1] else math.nan
+    weights = reference.block_weights
+    return float(reference.block_means[name][-1]) if weights[-1] else math.nan
 
 
 def _beside(scale: Estimate, dataset_size: float) -> Estimate:
     """The scale, with a word where it comes near the number of examples there are."""
     value = float(scale.value[0])
-    known = scale.low if math.isnan(value) else value
-    if known is None or not known > NEAR * dataset_size:
+    least = scale.low if math.isnan(value) else value
+    if least is None or not least > NEAR * dataset_size:
         return scale
     beside = f"near the {dataset_size:.0f} {OF_THE_DATA_SET}, beyond which it cannot be measured"
     return scale._replace(note="; ".join(filter(None, (scale.note, beside))))

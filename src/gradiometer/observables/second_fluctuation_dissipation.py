@@ -22,8 +22,8 @@ from ..collect.snapshot import Snapshot
 from ..errors import InputError, UnsupportedError
 from ..record.readings import Quantity
 from ..stats.estimators import Estimator, HalfRun, Reference
-from .base import Estimate, Numbers, Observable
-from .curvature_noise import curvature_of_noise
+from .base import Estimate, Numbers, Observable, Sample
+from .noise_curvature import noise_curvature
 
 __all__ = [
     "SecondFluctuationDissipation",
@@ -85,7 +85,7 @@ def second_fluctuation_dissipation(
 
     Args:
         grad_sq_norm: Mean of an unbiased estimate of ``|G|^2``, loss only, as ``gradient_noise_scale`` or
-            ``curvature_of_noise`` give it.
+            ``noise_curvature`` give it.
         displacement_curvature: Mean of ``u^T H u``, with the Hessian of the loss only.
         lr: Learning rate.
         momentum: Momentum coefficient.
@@ -139,8 +139,8 @@ def _weights_of(
 ) -> tuple[Tensor, Tensor]:
     """Weights alpha of the new gradient and beta of the old buffer in one step."""
     mu = torch.as_tensor(momentum, dtype=like.dtype)  # where() rounds floats to float32
-    kept = torch.as_tensor(1 - dampening, dtype=like.dtype)
-    return torch.where(nesterov, 1 + mu, kept), torch.where(nesterov, mu.square(), mu)
+    undamped = torch.as_tensor(1 - dampening, dtype=like.dtype)
+    return torch.where(nesterov, 1 + mu, undamped), torch.where(nesterov, mu.square(), mu)
 
 
 class Harmonicity(NamedTuple):
@@ -244,7 +244,7 @@ def _check_runs(eta: Array, left: Array, error: Array) -> None:
     if not eta.shape == left.shape == error.shape or eta.ndim != 1:
         raise InputError(
             "learning rates, left sides and errors must be sequences of one length",
-            got=[list(each.shape) for each in (eta, left, error)],
+            got=[list(values.shape) for values in (eta, left, error)],
             fix="Pass one left side and one standard error per learning rate.",
         )
     if len(set(eta.tolist())) < 2:
@@ -439,7 +439,7 @@ class SecondFluctuationDissipation(Observable):
 
     allow_shuffled: bool = False
 
-    def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
+    def statistics(self, snapshot: Snapshot) -> Sample:
         """Both sides at this step, and what the curvature under the noise is made of."""
         if _shuffled(snapshot) and not self.allow_shuffled:
             raise UnsupportedError(
@@ -448,19 +448,18 @@ class SecondFluctuationDissipation(Observable):
                 fix="Draw with RandomSampler(dataset, replacement=True), or write allow_shuffled=True.",
             )
         parts = snapshot.step_curvature
-        found = curvature_of_noise(parts.gram, parts.forms, parts.sizes)
-        steps = curvature_of_noise(parts.step_gram, parts.forms, parts.sizes)
-        noise = found["noise_curvature"]
-        numbers: dict[str, Tensor | float] = {
-            "left": found["grad_sq_norm"],
-            "right": (found["gradient_curvature"] + parts.noise_share * noise) / 2,
+        moments = noise_curvature(parts.gram, parts.forms, parts.sizes)
+        steps = noise_curvature(parts.step_gram, parts.forms, parts.sizes)
+        noise = moments["noise_curvature"]
+        statistics = {
+            "left": moments["grad_sq_norm"],
+            "right": (moments["gradient_curvature"] + parts.noise_share * noise) / 2,
             "noise_curvature": noise,
-            "noise": found["trace"],
+            "noise": moments["trace"],
             "step_noise": steps["trace"],
-            **_epoch(snapshot),
-            "counted": 1.0,
+            **{name: parts.weight.new_full((), value) for name, value in _epoch(snapshot).items()},
         }
-        return {name: parts.counted * value for name, value in numbers.items()}
+        return Sample(statistics, parts.weight)
 
     def note(self, snapshot: Snapshot) -> str:
         """How batches are drawn."""
@@ -476,15 +475,14 @@ class SecondFluctuationDissipation(Observable):
         left, right = now["left"], now["right"]
         noise, resolved = now["noise_curvature"], bool(right[0] > 0)
         readings: dict[str, Tensor | Estimate] = {
-            "left": left / now["counted"],
-            "right": right / now["counted"],
+            "left": left,
+            "right": right,
             "curvature": Estimate(noise / now["step_noise"], resolved=bool(now["step_noise"][0] > 0)),
         }
         note = ""
         if "per_rate" in now:
-            counted = float(now["counted"][0])
-            rate = float(noise[0] / now["noise"][0] * now["per_rate"][0]) / counted
-            epoch = float(now["steps_per_epoch"][0]) / counted
+            rate = float(noise[0] / now["noise"][0] * now["per_rate"][0])
+            epoch = float(now["steps_per_epoch"][0])
             note = f"M = {epoch:.4g} steps per epoch, eta h_eff M / (1 - mu) = {rate * epoch:.3g}"
             if "shuffled" in now and 0 < rate < 2 and round(epoch) > 1:
                 readings["shuffling"] = Estimate(shuffling_factor(rate, round(epoch)), math.nan)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -41,75 +41,71 @@ class Moment:
 
 
 class Reference:
-    """What a reading may be compared with; levels are made ready when they are first asked for.
+    """What a reading may be compared with: a view of an estimator, good until its next record.
+
+    Levels and means are made ready when they are first asked for.
 
     Args:
-        step: The step of the reading.
-        first: The first record of the run, never forgotten.
-        previous: The record before this one, ``None`` at the first.
-        path: The window's known start and the end of each of its blocks.
-        layout: Names and shapes of the levels.
-        samples: Number of samples behind the averages.
-        blocks: Sums over each block, and its samples.
-        sums_layout: Names and shapes of the sums.
-        weights: Samples in each group of blocks that the replicates leave out; none while there are too
+        state: What the estimator remembers, with at least one record.
+        weights: Weight of each group of blocks that the replicates leave out; none while there are too
             few groups for an error.
     """
 
-    def __init__(
-        self,
-        step: int,
-        first: Moment,
-        previous: Moment | None,
-        path: list[Moment],
-        layout: Layout,
-        samples: float,
-        blocks: Sequence[tuple[Floats, float]] = (),
-        sums_layout: Layout | None = None,
-        weights: Tensor | None = None,
-    ) -> None:
-        self.step = step
-        self.first_step = first.step
-        self.previous_step = previous.step if previous else -1
-        self.samples = samples
-        self.weights = torch.zeros(0, dtype=torch.float64) if weights is None else weights
-        self._first, self._previous, self._path, self._layout = first, previous, path, layout
-        self._blocks, self._sums_layout = blocks, sums_layout or []
+    def __init__(self, state: _State, weights: Tensor) -> None:
+        self._state = state
+        self.weights = weights
+
+    @property
+    def step(self) -> int:
+        """The step of the reading."""
+        return -1 if self._state.now is None else self._state.now.step
+
+    @property
+    def previous_step(self) -> int:
+        """The step of the record before this one; -1 at the first."""
+        return -1 if self._state.previous is None else self._state.previous.step
+
+    @property
+    def samples(self) -> float:
+        """Weight behind the averages: the number of samples that count."""
+        return sum(block.weight for block in self._state.blocks)
 
     @cached_property
     def first(self) -> dict[str, Tensor]:
-        """Levels at the first record of the run."""
-        return _tensors(self._first.levels, self._layout)
+        """Levels at the first record of the run, which is never forgotten."""
+        return self._state.levels_at(self._state.first)
 
     @cached_property
     def previous(self) -> dict[str, Tensor]:
         """Levels at the record before this one; empty at the first."""
-        return _tensors(self._previous.levels, self._layout) if self._previous else {}
+        return self._state.levels_at(self._state.previous)
 
     @cached_property
     def path(self) -> dict[str, Floats]:
         """Levels along the window, stacked ``[K, ...]``; ``K = 1`` until the window has a known start."""
-        if not self._path:
+        moments = self._state.path()
+        if not moments:
             return {}
-        return _unflatten(np.array([moment.levels for moment in self._path]), self._layout)
+        return _unflatten(np.array([moment.levels for moment in moments]), self._state.levels_layout)
 
     @cached_property
     def path_steps(self) -> Floats:
         """Steps along the window, ``[K]``."""
-        return np.array([moment.step for moment in self._path], dtype=np.float64)
+        return np.array([moment.step for moment in self._state.path()], dtype=np.float64)
 
     @cached_property
     def block_weights(self) -> Floats:
-        """Samples in each block along the window, ``[K - 1]``."""
-        return np.array([weight for _, weight in self._blocks])
+        """Weight of each block along the window, ``[K - 1]``: its samples that count."""
+        return np.array([block.weight for block in self._state.blocks])
 
     @cached_property
     def block_means(self) -> dict[str, Floats]:
         """Means over the samples of each block along the window, ``[K - 1, ...]``; 0 without a sample."""
-        size = sum(math.prod(shape) for _, shape in self._sums_layout)
-        sums = np.array([sums if weight else np.zeros(size) for sums, weight in self._blocks])
+        blocks, layout = self._state.blocks, self._state.sums_layout
+        size = sum(math.prod(shape) for _, shape in layout)
+        sums = np.array([block.sums if block.weight else np.zeros(size) for block in blocks])
         weights = np.where(self.block_weights > 0, self.block_weights, 1.0)
-        return _unflatten(sums / weights[:, None], self._sums_layout) if len(sums) else {}
+        return _unflatten(sums / weights[:, None], layout) if len(sums) else {}
 
 
 @dataclass
@@ -135,7 +131,7 @@ class _State:
     """Everything an estimator remembers: tensors and numbers only."""
 
     open_sums: dict[str, Tensor] = field(default_factory=dict)
-    open_weight: float = 0.0
+    open_weight: float | Tensor = 0.0
     sums_layout: Layout = field(default_factory=list)
     levels_layout: Layout = field(default_factory=list)
     blocks: list[_Block] = field(default_factory=list)
@@ -145,6 +141,15 @@ class _State:
     first: Moment | None = None
     previous: Moment | None = None
     now: Moment | None = None
+
+    def levels_at(self, moment: Moment | None) -> dict[str, Tensor]:
+        """Levels by name; empty where there is no such record."""
+        return _tensors(moment.levels, self.levels_layout) if moment else {}
+
+    def path(self) -> list[Moment]:
+        """The window's known start and the end of each of its blocks, where levels were taken."""
+        moments = ([self.origin] if self.origin else []) + [block.moment for block in self.blocks]
+        return [moment for moment in moments if moment.levels.size]
 
 
 class Estimator(ABC):
@@ -170,33 +175,89 @@ class Estimator(ABC):
 
     # -- filling -----------------------------------------------------------------------------------
 
-    def add(self, statistics: Mapping[str, Tensor]) -> None:
+    def add(self, statistics: Mapping[str, Tensor], weight: float | Tensor = 1.0) -> None:
         """Add one sample to the open block; nothing waits for the device.
 
         Args:
             statistics: Tensors whose shapes stay the same from sample to sample.
+            weight: How often the sample counts. One of weight 0 changes nothing, whatever its values are,
+                ``nan`` included. A tensor, on the device of the statistics, may know it later than the host.
+
+        Shapes:
+            weight scalar.
+
+        Raises:
+            InputError: A plain number that is negative or ``nan``.
+
+        Example:
+            >>> mean = Mean()
+            >>> mean.add({"x": torch.tensor(2.0)})
+            >>> mean.add({"x": torch.tensor(torch.nan)}, weight=torch.tensor(0.0))
+            >>> mean.close(1)
+            >>> mean.averages()["x"].item(), mean.reference().samples
+            (2.0, 1.0)
         """
+        if isinstance(weight, Tensor) or weight != 1.0:
+            self._add_weighted(statistics, weight)
+            return
         state = self._state
         for name, value in statistics.items():
             value = value.detach().to(accumulation_dtype(value.device))
-            total = state.open_sums.get(name)
+            total = self._open_sum(name, value)
             if total is None:
                 state.open_sums[name] = value.clone()
                 continue
-            if total.device != value.device:  # after a checkpoint was loaded
-                total = state.open_sums[name] = total.to(value.device)
             if self.decay != 1.0:
                 total.mul_(self.decay)
             total.add_(value)
         state.open_weight = state.open_weight * self.decay + 1.0
 
+    def _add_weighted(self, statistics: Mapping[str, Tensor], weight: float | Tensor) -> None:
+        """Add a sample as ``weight`` equal ones: with a decay they add up to ``(1 - d^w) / (1 - d)``."""
+        state = self._state
+        if isinstance(weight, Tensor):
+            weight = weight.detach().to(accumulation_dtype(weight.device))
+        elif not weight >= 0.0:
+            raise InputError(
+                "the weight of a sample must not be negative",
+                got=weight,
+                fix="Write weight=0 for a step that must not count.",
+            )
+        fade: float | Tensor = 1.0
+        share = weight
+        if self.decay != 1.0:
+            fade = self.decay**weight
+            share = (1.0 - fade) / (1.0 - self.decay)
+        for name, value in statistics.items():
+            value = value.detach().to(accumulation_dtype(value.device))
+            total = self._open_sum(name, value)
+            if isinstance(share, Tensor):
+                factor = share.to(value)
+                value = torch.where(factor > 0, value * factor, 0.0)  # nan times 0 is nan
+            else:
+                value = value * share if share else torch.zeros_like(value)
+            if total is None:
+                state.open_sums[name] = value
+                continue
+            if self.decay != 1.0:
+                total.mul_(fade)
+            total.add_(value)
+        state.open_weight = state.open_weight * fade + share
+
+    def _open_sum(self, name: str, value: Tensor) -> Tensor | None:
+        """The sum that a value is added to, on its device; ``None`` for the first."""
+        total = self._state.open_sums.get(name)
+        if total is not None and total.device != value.device:  # after a checkpoint was loaded
+            total = self._state.open_sums[name] = total.to(value.device)
+        return total
+
     @property
-    def pending(self) -> tuple[dict[str, Tensor], float]:
+    def pending(self) -> tuple[dict[str, Tensor], float | Tensor]:
         """Sums and weight of the open block; what processes add up before it is closed."""
         return self._state.open_sums, self._state.open_weight
 
     @pending.setter
-    def pending(self, value: tuple[dict[str, Tensor], float]) -> None:
+    def pending(self, value: tuple[dict[str, Tensor], float | Tensor]) -> None:
         self._state.open_sums, self._state.open_weight = value
 
     def discard_pending(self) -> None:
@@ -225,7 +286,7 @@ class Estimator(ABC):
             return
         if state.open_sums:
             state.sums_layout = _layout_of(state.open_sums)
-        block = _Block(_flatten(state.open_sums), state.open_weight, moment)
+        block = _Block(_flatten(state.open_sums), float(state.open_weight), moment)
         self.discard_pending()
         self._append(block)
         oldest = self._oldest(state.begin, step)
@@ -251,13 +312,13 @@ class Estimator(ABC):
         Args:
             everything: Forget the first record too, since other parameters are read from now on.
         """
-        kept, self._replicates = _State() if everything else self._state, None
+        before, self._replicates = _State() if everything else self._state, None
         self._state = _State(
-            sums_layout=kept.sums_layout,
-            levels_layout=kept.levels_layout,
-            first=kept.first,
-            previous=kept.previous,
-            now=kept.now,
+            sums_layout=before.sums_layout,
+            levels_layout=before.levels_layout,
+            first=before.first,
+            previous=before.previous,
+            now=before.now,
         )
 
     # -- reading -----------------------------------------------------------------------------------
@@ -269,10 +330,7 @@ class Estimator(ABC):
 
     def levels(self) -> dict[str, Tensor]:
         """The state functions of now."""
-        return self._levels_at(self._state.now)
-
-    def _levels_at(self, moment: Moment | None) -> dict[str, Tensor]:
-        return _tensors(moment.levels, self._state.levels_layout) if moment else {}
+        return self._state.levels_at(self._state.now)
 
     def replicates(self) -> tuple[dict[str, Tensor], Tensor]:
         """Weighted means over the window, and the same without each of at most 32 groups of blocks.
@@ -308,21 +366,9 @@ class Estimator(ABC):
         Raises:
             InputError: If nothing was recorded yet.
         """
-        state = self._state
-        if state.now is None or state.first is None:
+        if self._state.now is None:
             raise InputError("this estimator has no record yet", fix="Call close(step) first.")
-        moments = ([state.origin] if state.origin else []) + [b.moment for b in state.blocks]
-        return Reference(
-            step=state.now.step,
-            first=state.first,
-            previous=state.previous,
-            path=[moment for moment in moments if moment.levels.size],
-            layout=state.levels_layout,
-            samples=sum(block.weight for block in state.blocks),
-            blocks=[(block.sums, block.weight) for block in state.blocks],
-            sums_layout=state.sums_layout,
-            weights=self.replicates()[1],
-        )
+        return Reference(self._state, self.replicates()[1])
 
     # -- checkpoint --------------------------------------------------------------------------------
 
@@ -331,7 +377,7 @@ class Estimator(ABC):
         state = self._state
         return {
             "open_sums": {name: total.clone() for name, total in state.open_sums.items()},
-            "open_weight": state.open_weight,
+            "open_weight": float(state.open_weight),
             "sums_layout": state.sums_layout,
             "levels_layout": state.levels_layout,
             "span": state.span,
@@ -520,9 +566,9 @@ class Ema(Estimator):
 
     def close(self, step: int, levels: Mapping[str, Tensor] | None = None) -> None:
         """End the open block and let the older ones decay by as many samples."""
-        samples = torch.tensor(self.pending[1], dtype=torch.float64)
+        samples = self._state.open_weight = float(self._state.open_weight)
         # open_weight = (1 - decay^n) / (1 - decay), so decay^n follows from it without a counter
-        factor = float(1.0 - samples * (1.0 - self.decay))
+        factor = 1.0 - samples * (1.0 - self.decay)
         for block in self._state.blocks:
             block.sums = block.sums * factor
             block.weight *= factor

@@ -6,6 +6,7 @@ hardly in flat ones: with the Hessian H as the metric, ``B_noise = Tr(H Sigma) /
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -17,17 +18,17 @@ from ..collect.snapshot import Snapshot
 from ..errors import InputError
 from ..record.readings import Quantity
 from ..stats.estimators import Estimator, Reference, Window
-from .base import Estimate, Numbers, Observable
+from .base import Estimate, Numbers, Observable, Sample
 from .gradient_noise_scale import resolved_scale
 
 __all__ = [
     "NoiseCurvature",
     "best_step",
-    "curvature_of_noise",
+    "noise_curvature",
 ]
 
 
-def curvature_of_noise(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+def noise_curvature(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, Tensor]:
     r"""Unbiased noise and signal from the parts of one batch, plain and weighted with the curvature.
 
     Parts are independent, so a product of distinct parts has the product of the means as its mean. With
@@ -69,8 +70,8 @@ def curvature_of_noise(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, 
     Example:
         >>> g, h = torch.tensor([1.0, 2.0, 3.0]), torch.full((3,), 2.0)  # one parameter, parts of one
         >>> gram = torch.outer(g, g)
-        >>> found = curvature_of_noise(gram, h[:, None, None] * gram, torch.ones(3))
-        >>> round(found["noise_curvature"].item(), 6), round(found["trace"].item(), 6)
+        >>> moments = noise_curvature(gram, h[:, None, None] * gram, torch.ones(3))
+        >>> round(moments["noise_curvature"].item(), 6), round(moments["trace"].item(), 6)
         (2.0, 1.0)
     """
     k = len(sizes)
@@ -99,6 +100,13 @@ def curvature_of_noise(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, 
         "trace": (plain - signal) / beta,
         "grad_sq_norm": signal,
     }
+
+
+def curvature_of_noise(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+    """The name that :func:`noise_curvature` had; it goes with the next release."""
+    message = "curvature_of_noise(...) is now called noise_curvature(...)"
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return noise_curvature(gram, forms, sizes)
 
 
 class BestStep(NamedTuple):
@@ -141,8 +149,8 @@ def best_step(
         McCandlish et al. 2018, arXiv:1812.06162, section 2.2.
 
     Example:
-        >>> one = torch.tensor(1.0)          # B_noise = B: half of the step, half of the gain
-        >>> best_step(one, one, 8 * one, batch_size=8)
+        >>> unit = torch.tensor(1.0)          # B_noise = B: half of the step, half of the gain
+        >>> best_step(unit, unit, 8 * unit, batch_size=8)
         BestStep(lr=tensor(0.5000), decrease=tensor(0.2500))
     """
     if not batch_size > 0:
@@ -230,12 +238,12 @@ class NoiseCurvature(Observable):
         ),
     }
 
-    def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
+    def statistics(self, snapshot: Snapshot) -> Sample:
         """Noise and signal of this step, plain and weighted with the curvature."""
         parts = snapshot.curvature
-        found = curvature_of_noise(parts.gram, parts.forms, parts.sizes)
-        numbers: dict[str, Tensor | float] = {**found, "batch_size": snapshot.batch_size, "counted": 1.0}
-        return {name: parts.counted * value for name, value in numbers.items()}
+        moments = noise_curvature(parts.gram, parts.forms, parts.sizes)
+        moments["batch_size"] = parts.weight.new_full((), snapshot.batch_size)
+        return Sample(moments, parts.weight)
 
     def note(self, snapshot: Snapshot) -> str:
         """The parts, and whose loss it is."""
@@ -248,10 +256,9 @@ class NoiseCurvature(Observable):
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
         """Ratios of the averages."""
         noise, signal = now["noise_curvature"], now["gradient_curvature"]
-        batch = float(now["batch_size"][0] / now["counted"][0])
-        best = best_step(now["grad_sq_norm"], signal, noise, batch).lr
+        best = best_step(now["grad_sq_norm"], signal, noise, float(now["batch_size"][0])).lr
         return {
-            **resolved_scale(noise, signal / now["counted"], reference.weights),
+            **resolved_scale(noise, signal, reference.weights),
             "curvature": Estimate(noise / now["trace"], resolved=bool(now["trace"][0] > 0)),
             "best_lr": Estimate(best, resolved=bool(best[0] > 0)),
         }
