@@ -16,8 +16,8 @@ from gradiometer.observables import (
     kernel_distance,
     relative_drift,
 )
-from gradiometer.observables.neural_tangent_kernel import effective_rank, target_kernel
 from gradiometer.stats.estimators import Last
+from gradiometer.stats.kernel_geometry import effective_rank, target_kernel
 
 from ..zoo import TwoPaths
 

@@ -8,25 +8,22 @@ noise. They are reported under separate names and never share an axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
-from ..autodiff.factors import Plain
-from ..autodiff.functional import call, check_inputs, examples, measuring, outside_inference, take
-from ..autodiff.tape import LayerTape
+from ..autodiff.per_example import per_example_grad_norms
 from ..collect.snapshot import GradientParts, Snapshot
-from ..errors import InputError, SampleSkippedError, UnsupportedError
+from ..errors import InputError, SampleSkippedError
 from ..optimizers import GroupSettings
 from ..parallel import world_size
 from ..record.readings import Quantity, Reading, sibling
 from ..stats.estimators import Estimator, Reference, Window
 from ..stats.jackknife import jackknife_covariance, ratio_interval, t_quantile
-from ..stats.linalg import accumulation_dtype
+from ..stats.noise_scale import BATCH, gradient_noise_scale, moments_of_parts, sgd_noise_scale, solve
 from .base import Estimate, Numbers, Observable, Sample
 from .relations import CrossCheck, differs
 from .schedules import Schedule
@@ -37,271 +34,6 @@ __all__ = [
     "per_example_grad_norms",
     "sgd_noise_scale",
 ]
-
-
-def gradient_noise_scale(
-    sq_norms: Tensor, sizes: Tensor, batch_sq_norm: Tensor, *, loss_reduction: str = "mean"
-) -> dict[str, Tensor]:
-    r"""Unbiased noise trace and squared gradient norm from the parts of one batch.
-
-    With part means ``g_j`` of ``b_j`` examples and weights ``w_j`` that add up to 1,
-
-    .. math:: A = \sum_j w_j |g_j|^2 \to |G|^2 + S \sum_j \frac{w_j}{b_j}, \qquad
-              C = \Big|\sum_j w_j g_j\Big|^2 \to |G|^2 + S \sum_j \frac{w_j^2}{b_j}
-
-    and hence ``S = (A - C) / (sum w/b - sum w^2/b)``, ``|G|^2 = C - S sum w^2/b``. With equal parts these
-    are the two estimators of the source. ``loss_reduction="mean"``: every part contributes the gradient
-    of its mean loss with equal weight, so ``g_j`` is k times the contribution, and ``|G|^2`` is on the
-    scale of the gradient that the optimizer sees. ``"sum"``: ``g_j`` is the contribution over ``b_j``.
-
-    Args:
-        sq_norms: Squared norm of each part's contribution to the batch gradient.
-        sizes: Examples in each part.
-        batch_sq_norm: Squared norm of the batch gradient (the sum of the contributions), unclipped.
-        loss_reduction: Whether the loss is a ``"mean"`` or a ``"sum"`` over examples.
-
-    Returns:
-        ``trace`` (S) and ``grad_sq_norm`` (:math:`|G|^2`). Average both over steps before dividing:
-        the ratio is ``B_simple``. Either can be negative on one step.
-
-    Shapes:
-        sq_norms and sizes ``[k]``, batch_sq_norm scalar -> scalars.
-
-    Units:
-        (loss / parameter)^2, the trace times one example.
-
-    Raises:
-        InputError: Fewer than two parts, an empty part, or an unknown reduction.
-
-    Source:
-        McCandlish et al. 2018, arXiv:1812.06162, appendix A; the weights for
-        unequal parts are ours.
-
-    Example:
-        >>> sq_norms = torch.tensor([0.75, 0.75])     # two contributions of squared norm 3/4: g_j^2 = 3
-        >>> gradient_noise_scale(sq_norms, torch.ones(2), torch.tensor(2.0))
-        {'trace': tensor(2., dtype=torch.float64), 'grad_sq_norm': tensor(1., dtype=torch.float64)}
-    """
-    if loss_reduction not in ("mean", "sum"):
-        raise InputError("unknown loss_reduction", got=repr(loss_reduction), fix='Write "mean" or "sum".')
-    k = len(sq_norms)
-    if k < 2:
-        raise InputError(
-            "the noise scale needs at least two parts of a batch",
-            got=k,
-            fix="Accumulate over two or more micro-batches "
-            "(Lightning: accumulate_grad_batches=2), or use batches of two or more examples.",
-        )
-    if bool((sizes < 1).any()):
-        raise InputError("every part must hold an example", got=sizes.tolist(), fix="Drop empty parts.")
-    b = sizes.double()
-    mean = loss_reduction == "mean"
-    share = torch.full_like(b, 1.0 / k) if mean else b / b.sum()
-    factor = torch.full_like(b, k) if mean else 1.0 / b
-    batch_mean = batch_sq_norm.double() / (1.0 if mean else b.sum().square())
-    means = sq_norms.double()[:, None] * factor.square()[:, None]
-    trace, signal = _solve(_moments(means, b, share, batch_mean[None]), torch.ones_like(b[0]))
-    return {"trace": trace[0], "grad_sq_norm": signal[0]}
-
-
-PARTS, BATCH, PARTS_NOISE, BATCH_NOISE = range(4)
-"""The moments that are averaged: A and C of the formula, and what multiplies the trace in each."""
-
-
-def _moments(
-    sq_norms: Tensor, sizes: Tensor, shares: Tensor, batch_sq_norm: Tensor, processes: int = 1
-) -> Tensor:
-    """The moments of one source at one step, ``[moment, U]``.
-
-    All are sums over parts, so that those of several processes may be averaged too.
-    """
-    b, w = sizes.to(sq_norms), shares.to(sq_norms)
-    parts_noise, batch_noise = (w / b).sum(), (w.square() / b).sum() / processes
-    parts_sq_norm = (w[:, None] * sq_norms).sum(0)
-    return torch.stack(
-        [
-            parts_sq_norm,
-            batch_sq_norm,
-            parts_noise.expand_as(batch_sq_norm),
-            batch_noise.expand_as(batch_sq_norm),
-        ]
-    )
-
-
-def _solve(moments: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Trace and squared gradient of each section ``[..., U]`` from averages over steps.
-
-    Args:
-        moments: Averages ``[..., moment, U]``, with zeros for the steps without this source.
-        weight: Share of the steps with it, ``[...]``.
-    """
-    parts, batch = moments[..., PARTS, :], moments[..., BATCH, :]
-    parts_noise, batch_noise = moments[..., PARTS_NOISE, :], moments[..., BATCH_NOISE, :]
-    trace = (parts - batch) / (parts_noise - batch_noise)
-    return trace, (batch - trace * batch_noise) / weight[..., None]
-
-
-def per_example_grad_norms(
-    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], x: Any, y: Any, *, chunk_size: int | None = None
-) -> Tensor:
-    """Norm of each example's own loss gradient, from one forward and backward pass of the batch.
-
-    Evaluation mode. ``loss_fn`` sees one example at a time, as a batch of one, so that it does not matter
-    whether it takes a mean or a sum over examples.
-
-    Args:
-        model: Any module that treats the examples of a batch one by one.
-        loss_fn: Maps outputs and targets of a batch of one to one number.
-        x: Inputs.
-        y: Targets: a tensor, or a nest of tensors with the examples first.
-        chunk_size: Examples at a time; all when ``None``.
-
-    Returns:
-        One norm per example, float64.
-
-    Shapes:
-        x ``[N, ...]`` -> ``[N]``.
-
-    Units:
-        loss / parameter.
-
-    Raises:
-        InputError: A loss that is not one number, outputs without an axis of examples, no trainable
-            parameter, or an empty or non-finite batch.
-        UnsupportedError: If a parameter cannot be reached, or examples are coupled.
-
-    Source:
-        Goodfellow 2015, arXiv:1510.01799; Gray et al. 2024, arXiv:2411.00999.
-
-    Example:
-        >>> net = nn.Linear(1, 1, bias=False)
-        >>> x, y = torch.tensor([[1.0], [2.0]]), torch.zeros(2)
-        >>> per_example_grad_norms(net, lambda out, y: out.mean(), x, y)   # d out_i / d w = x_i
-        tensor([1., 2.], dtype=torch.float64)
-    """
-    check_inputs(model, x)
-    leaves: list[Any] = []
-    spec: Any = None
-
-    def function(batch: Any) -> Tensor:
-        nonlocal leaves, spec
-        leaves, spec = pytree.tree_flatten(call(model, batch))
-        moved = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-        count = examples(batch)
-        if not moved or any(leaf.ndim == 0 or len(leaf) != count for leaf in moved):
-            raise InputError(
-                f"the outputs must be tensors whose first dimension counts the {count} examples",
-                got=[
-                    list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves
-                ],
-                fix="Wrap the model so that it returns such a tensor.",
-            )
-        return torch.cat([leaf.reshape(count, -1) for leaf in moved], 1)
-
-    norms = []
-    with measuring(model):
-        x, y = outside_inference(x), outside_inference(y)
-        tape = LayerTape(model, function, x)
-        if tape.unsupported:
-            name, reason = next(iter(tape.unsupported.items()))
-            raise UnsupportedError(
-                f"per-example gradients miss {len(tape.unsupported)} of the parameters, first {name!r}: "
-                f"{reason}",
-                fix="Mend that, or freeze those parameters.",
-            )
-        for begin in range(0, examples(x), chunk_size or examples(x)):
-            part = slice(begin, begin + (chunk_size or examples(x)))
-            recording = tape.record(take(x, part), first=begin == 0)
-            rows = _loss_cotangents(loss_fn, leaves, spec, take(y, part), len(recording.output))
-            squares = rows.new_zeros(len(rows), dtype=accumulation_dtype(rows.device))
-            for side in recording.sides(rows[None]).values():
-                gradient = side.uses[0] if len(side.uses) == 1 else Plain(side.dense())
-                squares += gradient.sq_norms()[0]
-            norms.append(squares.sqrt())
-    return torch.cat(norms)
-
-
-def _loss_cotangents(
-    loss_fn: Callable[[Any, Any], Tensor], leaves: list[Any], spec: Any, y: Any, count: int
-) -> Tensor:
-    """Derivative of each example's own loss with respect to its outputs, ``[N, S]``."""
-    rows = []
-    for n in range(count):
-        shown = [
-            leaf.detach()[n : n + 1].requires_grad_(leaf.requires_grad)
-            if isinstance(leaf, Tensor) and leaf.ndim
-            else leaf
-            for leaf in leaves
-        ]
-        loss = loss_fn(pytree.tree_unflatten(shown, spec), take(y, slice(n, n + 1)))
-        if loss.numel() != 1:
-            raise InputError(
-                "loss_fn must return one number",
-                got=f"shape {list(loss.shape)}",
-                fix='Write loss_fn=nn.CrossEntropyLoss(), or any other with reduction="mean".',
-            )
-        moved = [leaf for leaf in shown if isinstance(leaf, Tensor) and leaf.requires_grad]
-        grads = torch.autograd.grad(loss.sum(), moved, allow_unused=True, materialize_grads=True)
-        rows.append(torch.cat([grad.reshape(-1) for grad in grads]))
-    return torch.stack(rows)
-
-
-def sgd_noise_scale(
-    lr: float,
-    dataset_size: int,
-    batch_size: int,
-    momentum: float = 0.0,
-    *,
-    replacement: bool = True,
-) -> float:
-    r"""SGD's noise scale, the temperature of its stationary distribution for the summed loss.
-
-    .. math:: g = \frac{\epsilon N}{2B(1-\mu)} \qquad\text{or, without replacement,}\qquad
-              g = \frac{\epsilon}{2(1-\mu)}\,\frac{N-B}{B}\,\frac{N}{N-1}
-
-    Args:
-        lr: Learning rate for the mean loss.
-        dataset_size: Examples in the training set, N.
-        batch_size: Examples per step, B.
-        momentum: Heavy-ball coefficient.
-        replacement: Whether batches are drawn with replacement.
-
-    Returns:
-        The noise scale, in the convention ``E[dxi dxi^T] = 2 g F dt``; twice this in the papers that
-        write ``g F dt``.
-
-    Shapes:
-        Plain numbers.
-
-    Units:
-        parameter^2 / loss * samples.
-
-    Raises:
-        InputError: Sizes below 1, a batch larger than the data set, or momentum outside [0, 1).
-
-    Source:
-        Smith & Le 2017, arXiv:1710.06451; momentum from Smith et al. 2017,
-        arXiv:1711.00489.
-
-    Example:
-        >>> sgd_noise_scale(0.1, dataset_size=1000, batch_size=10)
-        5.0
-    """
-    if dataset_size < 1 or batch_size < 1 or batch_size > dataset_size:
-        raise InputError(
-            "the batch must hold between 1 and dataset_size examples",
-            got=f"batch_size={batch_size}, dataset_size={dataset_size}",
-            fix="Pass the number of examples in the training set as dataset_size=.",
-        )
-    if not 0.0 <= momentum < 1.0:
-        raise InputError("momentum must lie in [0, 1)", got=momentum, fix="Write momentum=0.9.")
-    if replacement:
-        ratio = dataset_size / batch_size
-    elif dataset_size == 1:
-        ratio = 0.0
-    else:
-        ratio = (dataset_size - batch_size) / batch_size * dataset_size / (dataset_size - 1)
-    return lr * ratio / (2.0 * (1.0 - momentum))
 
 
 SCALE, SCALE_LOWER_BOUND, CRITICAL_BATCH_FRACTION = "scale", "scale_lower_bound", "critical_batch_fraction"
@@ -761,7 +493,7 @@ class GradientNoiseScale(Observable):
     def _solved(self, now: Mapping[str, Tensor], row: str) -> tuple[Tensor, Tensor]:
         """Trace and squared gradient of a source by section, ``[R, U]``."""
         index = self._rows.index(row)
-        return _solve(now["moments"][:, index], now["source_weight"][:, index])
+        return solve(now["moments"][:, index], now["source_weight"][:, index])
 
     def _total(self, now: Mapping[str, Tensor], row: str) -> tuple[Tensor, Tensor]:
         """The same over all sections, ``[R]``."""
@@ -801,7 +533,9 @@ def comparable(first: GradientParts, second: GradientParts) -> bool:
 
 def _moments_of(parts: GradientParts, like: GradientParts) -> Tensor:
     """Moments of one source, in the form of the first one's."""
-    moments = _moments(parts.sq_norms, parts.sizes, parts.shares, parts.batch_sq_norm, parts.processes)
+    moments = moments_of_parts(
+        parts.sq_norms, parts.sizes, parts.shares, parts.batch_sq_norm, parts.processes
+    )
     return moments.to(like.sq_norms)
 
 

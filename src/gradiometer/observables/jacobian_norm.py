@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..autodiff.functional import Forward, check_inputs, measuring, pure_function
+from ..autodiff.functional import measuring
+from ..autodiff.jacobian import (
+    EXACT_OUTPUTS,
+    differentiable,
+    first_embedding,
+    jacobian_norms,
+    jacobian_singular_values,
+    linearise,
+    projected_sq_norms,
+    spectral_norms,
+)
 from ..collect.snapshot import Snapshot
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError
 from ..record.readings import Quantity, Reading
 from ..stats.estimators import Reference
-from ..stats.linalg import random_orthonormal_rows
 from .base import Estimate, Numbers, Observable
 from .schedules import Schedule
 
@@ -23,196 +32,6 @@ __all__ = [
     "jacobian_norms",
     "jacobian_singular_values",
 ]
-
-_EXACT_OUTPUTS = 16
-_KRYLOV_ROUNDS = 10
-_KRYLOV_TOLERANCE = 0.01
-
-
-class _Linearised:
-    """Outputs of a batch and products with its per-example Jacobians ``[N, O, D]``."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self.x = x.detach().clone().requires_grad_()
-        out = function(self.x)
-        if not isinstance(out, Tensor) or out.ndim == 0 or len(out) != len(x):
-            raise InputError(
-                "the model must return one output, of any shape, per example",
-                got=list(out.shape) if isinstance(out, Tensor) else type(out).__name__,
-                fix="Pass forward=lambda model, x: ... that returns a tensor [N, ...].",
-            )
-        if not out.requires_grad:
-            raise InputError(
-                "the outputs do not depend on the inputs through differentiable operations",
-                fix="Pass forward= that returns logits rather than decisions.",
-            )
-        self.out = out.reshape(len(out), -1)
-        self.width = self.out.shape[1]
-
-    def rows(self, v: Tensor, *, create_graph: bool = False) -> Tensor:
-        """``v^T J`` per example: v ``[N, O]`` -> ``[N, D]``, one backward pass."""
-        (grad,) = torch.autograd.grad(
-            self.out, self.x, v.to(self.out), retain_graph=True, create_graph=create_graph
-        )
-        return grad.reshape(len(grad), -1)
-
-    def columns(self, w: Tensor) -> Tensor:
-        """``J w`` per example by differentiating ``v^T J w`` in v: w ``[N, D]`` -> ``[N, O]``."""
-        v = torch.zeros_like(self.out, requires_grad=True)
-        (grad,) = torch.autograd.grad((self.rows(v, create_graph=True) * w).sum(), v)
-        return grad
-
-    def full(self) -> Tensor:
-        """The Jacobians themselves, ``[N, O, D]``: one backward pass per output."""
-        unit = torch.eye(self.width, dtype=self.out.dtype, device=self.out.device)
-        return torch.stack([self.rows(unit[o].expand_as(self.out)) for o in range(self.width)], 1)
-
-
-def _linearise(model: nn.Module, x: Any, forward: Forward | None) -> _Linearised:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise InputError(
-            "the Jacobian needs one tensor of floating-point inputs",
-            got=x.dtype if isinstance(x, Tensor) else type(x).__name__,
-            fix="For token inputs differentiate the embedding: "
-            "jacobian_norms(model, embedded, forward=lambda model, e: ...).",
-        )
-    check_inputs(model, x)
-    function, parameters = pure_function(model, forward)
-    return _Linearised(lambda inputs: function(parameters, inputs), x)
-
-
-def jacobian_norms(
-    model: nn.Module,
-    x: Tensor,
-    *,
-    num_projections: int | None = None,
-    generator: torch.Generator | None = None,
-    forward: Forward | None = None,
-) -> Tensor:
-    r"""Frobenius norm of the input-output Jacobian of each example, in evaluation mode.
-
-    .. math:: |J(x)|_F^2 = \sum_{oi} J_{oi}^2 \approx \frac{O}{k}\sum_{\mu=1}^{k}
-              \Big|\frac{\partial (v_\mu\cdot z)}{\partial x}\Big|^2
-
-    with ``v`` orthonormal and uniformly distributed. The estimate of the square is unbiased; its root
-    is biased low, by a relative ``Var/8`` of the square.
-
-    Args:
-        model: Any module; its outputs should be logits, not probabilities.
-        x: Inputs.
-        num_projections: Number of projections per example; the exact norm when ``None``.
-        generator: CPU generator of the projections; a fixed seed when ``None``.
-        forward: Maps ``(model, x)`` to outputs; ``model(x)`` when ``None``.
-
-    Returns:
-        One norm per example.
-
-    Shapes:
-        x ``[N, ...]``, outputs ``[N, ...]`` flattened to O -> ``[N]``.
-
-    Units:
-        outputs / inputs.
-
-    Raises:
-        InputError: Integer, empty, non-finite or misplaced inputs; outputs not one per example; no
-            trainable parameter; projections outside 1..O.
-
-    Source:
-        Hoffman, Roberts, Yaida 2019, arXiv:1908.02729; orthonormal directions are ours.
-
-    Example:
-        >>> net = nn.Linear(3, 2, bias=False)
-        >>> torch.allclose(jacobian_norms(net, torch.randn(4, 3)), net.weight.norm().expand(4))
-        True
-    """
-    with measuring(model):
-        line = _linearise(model, x, forward)
-        if num_projections is None:
-            return line.full().flatten(1).norm(dim=1)
-        return projected_sq_norms(line, num_projections, generator).mean(1).sqrt()
-
-
-def jacobian_singular_values(
-    model: nn.Module, x: Tensor, *, k: int | None = None, forward: Forward | None = None
-) -> Tensor:
-    """Singular values of the input-output Jacobian of each example, largest first.
-
-    The Jacobian is formed row by row, one backward pass per output.
-
-    Args:
-        model: Any module.
-        x: Inputs.
-        k: How many to return; all ``min(O, D)`` when ``None``.
-        forward: Maps ``(model, x)`` to outputs; ``model(x)`` when ``None``.
-
-    Returns:
-        Singular values.
-
-    Shapes:
-        x ``[N, ...]`` -> ``[N, k]``.
-
-    Units:
-        outputs / inputs.
-
-    Raises:
-        InputError: As :func:`jacobian_norms`, or ``k`` outside 1..min(O, D).
-
-    Source:
-        Pennington, Schoenholz, Ganguli 2017, arXiv:1711.04735.
-
-    Example:
-        >>> net = nn.Linear(3, 2, bias=False)
-        >>> values = jacobian_singular_values(net, torch.randn(4, 3))
-        >>> torch.allclose(values[0], torch.linalg.svdvals(net.weight.detach()))
-        True
-    """
-    with measuring(model):
-        values = torch.linalg.svdvals(_linearise(model, x, forward).full())
-    if k is not None and not 1 <= k <= values.shape[1]:
-        raise InputError(
-            f"k must lie between 1 and min(outputs, inputs) = {values.shape[1]}",
-            got=k,
-            fix="Write k=None for all singular values.",
-        )
-    return values[:, :k]
-
-
-def projected_sq_norms(line: _Linearised, num_projections: int, generator: torch.Generator | None) -> Tensor:
-    """``O |v^T J|^2`` for orthonormal random v of each example, ``[N, k]``: unbiased for the square."""
-    n = len(line.x)
-    v = random_orthonormal_rows(num_projections, line.width, generator=generator, batch=n)
-    norms = [line.rows(v[:, m]).square().sum(1) for m in range(num_projections)]
-    return line.width * torch.stack(norms, 1)
-
-
-def spectral_norms(line: _Linearised, generator: torch.Generator) -> Tensor:
-    r"""Largest singular value per example, ``[N]``: a lower bound that tightens.
-
-    The largest one of :math:`J^\top` on the Krylov space of :math:`JJ^\top` (Lanczos, with full
-    orthogonalisation): as many passes as power iteration takes for the same space, and the best value in it.
-    Stops when the mean over the examples grows by less than 1 %, after ten rounds at the latest.
-    """
-    u = random_orthonormal_rows(1, line.width, generator=generator, batch=len(line.x))[:, 0]
-    basis, images = [u.to(line.out)], []
-    value = torch.zeros(len(u), dtype=basis[0].dtype, device=basis[0].device)
-    for _ in range(min(_KRYLOV_ROUNDS, line.width)):
-        w = line.rows(basis[-1]).detach()
-        images.append(w)
-        spanned = torch.stack(images, 1)
-        grown = torch.linalg.eigvalsh(spanned @ spanned.mT)[:, -1].clamp(min=0).sqrt()
-        done = bool(grown.mean() <= value.mean() * (1 + _KRYLOV_TOLERANCE))
-        value = torch.maximum(value, grown)
-        if done:
-            break
-        u = line.columns(w)
-        length = u.norm(dim=1, keepdim=True)
-        known = torch.stack(basis, 1)
-        for _ in range(2):  # once is not enough in single precision
-            u = u - (known.mT @ (known @ u[:, :, None]))[:, :, 0]
-        rest = u.norm(dim=1, keepdim=True)
-        exhausted = rest <= 10 * torch.finfo(u.dtype).eps * length
-        basis.append(torch.where(exhausted, torch.zeros_like(u), u / rest))
-    return value
 
 
 def _norm_says(reading: Reading, others: Mapping[str, Reading]) -> str:
@@ -309,9 +128,9 @@ class JacobianNorm(Observable):
         model, x = snapshot.model, snapshot.probe.inputs
         generator = torch.Generator().manual_seed(self.seed + snapshot.step)
         with measuring(model):
-            forward, x = _differentiable(model, x, snapshot.forward)
-            line = _linearise(model, x, forward)
-            if line.width <= _EXACT_OUTPUTS:
+            forward, x = differentiable(model, x, snapshot.forward)
+            line = linearise(model, x, forward)
+            if line.width <= EXACT_OUTPUTS:
                 jacobian = line.full().detach().double()
                 spectral = torch.linalg.eigvalsh(jacobian @ jacobian.mT)[:, -1].clamp(min=0).sqrt()
             else:
@@ -329,7 +148,7 @@ class JacobianNorm(Observable):
         x = snapshot.probe.inputs
         if isinstance(x, Tensor) and x.is_floating_point():
             return "with respect to the inputs"
-        return f"with respect to the output of {_first_embedding(snapshot.model)[0]!r}"
+        return f"with respect to the output of {first_embedding(snapshot.model)[0]!r}"
 
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
         """Both means and the spectral norm."""
@@ -364,44 +183,3 @@ def _norm_statistics(squares: Tensor, k: int, width: int) -> dict[str, Tensor]:
         "square": per_example.mean(),
         "square_variance": variance.sum() / count**2,
     }
-
-
-def _first_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            return name, module
-    raise UnsupportedError(
-        "integer inputs have no Jacobian and the model has no nn.Embedding to take it at",
-        fix="Leave JacobianNorm out of observables=, or pass forward= and a floating-point probe.",
-    )
-
-
-def _differentiable(model: nn.Module, x: Any, forward: Forward) -> tuple[Forward, Tensor]:
-    """For token inputs: a forward that starts from the first embedding's output, and that output."""
-    if isinstance(x, Tensor) and x.is_floating_point():
-        return forward, x
-    _, table = _first_embedding(model)
-    seen: list[Tensor] = []
-    with torch.no_grad():
-        handle = table.register_forward_hook(lambda module, args, out: seen.append(out))
-        try:
-            function, parameters = pure_function(model, forward)
-            function(parameters, x)
-        finally:
-            handle.remove()
-    if not seen:
-        raise UnsupportedError("the model's first nn.Embedding was not called in its forward")
-
-    def from_embedding(model: nn.Module, embedded: Tensor) -> Tensor:
-        pending = [embedded]
-
-        def replace(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-            return pending.pop() if pending else out
-
-        handle = table.register_forward_hook(replace)
-        try:
-            return forward(model, x)
-        finally:
-            handle.remove()
-
-    return from_embedding, seen[0]

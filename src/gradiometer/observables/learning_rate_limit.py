@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..autodiff.empirical_ntk import checked_weights
 from ..autodiff.functional import examples
 from ..autodiff.products import LossFn, as_training
 from ..autodiff.spectrum import TOLERANCE, Curvature, CurvatureKind
@@ -23,7 +24,6 @@ from ..optimizers import ParameterStep
 from ..record.readings import Quantity, Reading
 from ..stats.estimators import Reference
 from .base import Estimate, Numbers, Observable
-from .neural_tangent_kernel import checked_weights
 from .schedules import Schedule
 
 __all__ = [

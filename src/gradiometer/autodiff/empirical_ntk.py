@@ -1,0 +1,345 @@
+"""The empirical neural tangent kernel of a module on a batch.
+
+``Theta[a, b] = sum_p (df(x_a)/dp) (df(x_b)/dp)``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
+
+from ..errors import InputError, UnsupportedError
+from ..stats.linalg import random_orthonormal_rows
+from .factors import Mode
+from .functional import Forward, call, check_inputs, check_outputs, examples, measuring, outside_inference
+from .ntk import KernelRequest, tangent_kernel
+from .tape import LayerTape
+
+__all__ = [
+    "EXACT_OUTPUTS",
+    "MODES",
+    "checked_weights",
+    "empirical_ntk",
+    "probed_kernel",
+]
+
+
+MODES = ("trace", "full", "diagonal")
+
+
+EXACT_OUTPUTS = 16
+
+
+_PROJECTIONS = 8
+
+
+@overload
+def empirical_ntk(
+    model: nn.Module,
+    x: Any,
+    x2: Any = ...,
+    *,
+    outputs: Mode = ...,
+    layers: Literal[False] = ...,
+    weights: Mapping[str, float | Tensor] | None = ...,
+    num_projections: int | None = ...,
+    sketch_size: int | None = ...,
+    generator: torch.Generator | None = ...,
+    forward: Forward | None = ...,
+    chunk_size: int | None = ...,
+    max_memory: int | None = ...,
+    on_unsupported: Literal["raise", "skip"] = ...,
+) -> Tensor: ...
+
+
+@overload
+def empirical_ntk(
+    model: nn.Module,
+    x: Any,
+    x2: Any = ...,
+    *,
+    outputs: Mode = ...,
+    layers: Literal[True],
+    weights: Mapping[str, float | Tensor] | None = ...,
+    num_projections: int | None = ...,
+    sketch_size: int | None = ...,
+    generator: torch.Generator | None = ...,
+    forward: Forward | None = ...,
+    chunk_size: int | None = ...,
+    max_memory: int | None = ...,
+    on_unsupported: Literal["raise", "skip"] = ...,
+) -> dict[str, Tensor]: ...
+
+
+def empirical_ntk(
+    model: nn.Module,
+    x: Any,
+    x2: Any = None,
+    *,
+    outputs: Mode = "trace",
+    layers: bool = False,
+    weights: Mapping[str, float | Tensor] | None = None,
+    num_projections: int | None = None,
+    sketch_size: int | None = None,
+    generator: torch.Generator | None = None,
+    forward: Forward | None = None,
+    chunk_size: int | None = None,
+    max_memory: int | None = None,
+    on_unsupported: Literal["raise", "skip"] = "raise",
+) -> Tensor | dict[str, Tensor]:
+    r"""Empirical neural tangent kernel of the trainable parameters, in evaluation mode.
+
+    .. math:: \Theta_{ao,bo'} = \sum_p w_p\,\frac{\partial f_o(x_a)}{\partial\theta_p}
+              \frac{\partial f_{o'}(x'_b)}{\partial\theta_p},
+              \qquad \text{trace kernel } \frac1O \sum_o \Theta_{ao,bo}
+
+    One forward pass and one backward pass per output, and for each layer a product of its inputs and of
+    the cotangents of its outputs: no Jacobian is stored. Products are taken in the precision of each
+    parameter (at least float32) and added over layers in float64. Batch norm uses its running statistics
+    and dropout is off: the kernel is that of the network as evaluated. A parameter that is used in
+    several places counts once, with the sum of its gradients.
+
+    Args:
+        model: Any module that treats the examples of a batch one by one.
+        x: Inputs: a tensor, or a nest of tensors with the examples first.
+        x2: Second set of inputs; ``x`` itself when ``None``.
+        outputs: ``"trace"`` averages over the outputs, ``"diagonal"`` keeps each output's own kernel,
+            ``"full"`` keeps every pair.
+        layers: Return one kernel per module that owns parameters, by the module's path (``""`` for the
+            model itself). They add up to the total. A tied parameter belongs to its first owner.
+        weights: What each parameter's squared derivative counts, by name: a number or a tensor of the
+            parameter's shape; 1 for names that are missing. With learning rates relative to one of them,
+            for Adam times ``1/(sqrt(v) + eps)``, this is the kernel that moves the outputs.
+        num_projections: Replace the O outputs by this many random orthonormal combinations: an unbiased
+            estimate of the trace kernel. With ``outputs="diagonal"`` one such estimate per projection,
+            whose scatter gives its error (see :func:`projection_stderr`). Exact when ``None``.
+        sketch_size: Multiply the gradients with this many random Gaussian features: an unbiased estimate
+            with variance ``(Theta_aa Theta_bb + Theta_ab^2) / sketch_size``. With ``layers=True`` each
+            layer has features of its own. Exact when ``None``.
+        generator: CPU generator of projections and features; a fixed seed when ``None``, so that kernels
+            of one network at two times can be compared.
+        forward: Maps ``(model, x)`` to outputs ``[N, O]``; ``model(x)`` when ``None``.
+        chunk_size: Examples at a time; chosen from ``max_memory`` when ``None``.
+        max_memory: Bytes that may be taken, by estimate; a quarter of what is free when ``None``.
+        on_unsupported: ``"skip"`` returns, with a warning, the kernel over the parameters that can be
+            reached when some cannot.
+
+    Returns:
+        The kernel in float64 (float32 on devices without it), or a dictionary of them.
+
+    Shapes:
+        x ``[N, ...]``, x2 ``[M, ...]`` -> trace ``[N, M]``, diagonal ``[N, M, O]``, full ``[N, M, O, O]``.
+
+    Units:
+        outputs^2 / parameters^2.
+
+    Raises:
+        InputError: No trainable parameter or a complex one, an empty, non-finite or misplaced batch, x2
+            unlike x, an unknown mode, outputs that are not ``[N, O]``, weights that do not fit,
+            projections asked for ``outputs="full"``, or too little ``max_memory``.
+        UnsupportedError: If a parameter cannot be reached, or examples are coupled, with the module's path.
+
+    Source:
+        Jacot et al. 2018, arXiv:1806.07572; structured derivatives as in Novak et al. 2022,
+        arXiv:2206.08720.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
+        >>> empirical_ntk(nn.Linear(2, 1, bias=False, dtype=torch.float64), x)   # = x x^T
+        tensor([[1., 1.],
+                [1., 5.]], dtype=torch.float64)
+    """
+    switched = {
+        type(module).__name__
+        for module in model.modules()
+        if module.training and isinstance(module, (_BatchNorm, _DropoutNd)) and getattr(module, "p", 1) > 0
+    }
+    if switched:
+        warnings.warn(
+            f"the model is in train mode, and its {', '.join(sorted(switched))} behave otherwise there: the "
+            "kernel is that of evaluation mode. Call model.eval() before to say that this is meant.",
+            stacklevel=2,
+        )
+    kernels, _ = probed_kernel(
+        model,
+        x,
+        x2,
+        outputs=outputs,
+        layers=layers,
+        weights=weights,
+        num_projections=num_projections,
+        sketch_size=sketch_size,
+        generator=generator,
+        forward=forward,
+        chunk_size=chunk_size,
+        max_memory=max_memory,
+        on_unsupported=on_unsupported,
+    )
+    return kernels if layers else kernels[""]
+
+
+def probed_kernel(
+    model: nn.Module,
+    x: Any,
+    x2: Any = None,
+    *,
+    outputs: Mode,
+    layers: bool = False,
+    weights: Mapping[str, float | Tensor] | None = None,
+    num_projections: int | None = None,
+    sketch_size: int | None = None,
+    generator: torch.Generator | None = None,
+    forward: Forward | None = None,
+    chunk_size: int | None = None,
+    max_memory: int | None = None,
+    on_unsupported: str = "raise",
+    project_above: int | None = None,
+) -> tuple[dict[str, Tensor], int]:
+    """The kernels and the number of outputs; above ``project_above`` one estimate per projection."""
+    _check_request(outputs, num_projections, sketch_size, chunk_size, max_memory, on_unsupported)
+    check_inputs(model, x)
+    if x2 is not None:
+        check_inputs(model, x2)
+        _check_alike(x, x2)
+    generator = generator if generator is not None else torch.Generator().manual_seed(0)
+
+    widths: set[int] = set()
+
+    def function(batch: Any) -> Tensor:
+        out = (forward or call)(model, batch)
+        check_outputs(out, examples(batch))
+        widths.add(out.shape[1])
+        if len(widths) > 1:
+            raise InputError(
+                "the number of outputs must be the same for all examples",
+                got=f"{min(widths)} and {max(widths)} outputs",
+                fix="Pass forward= that selects the same outputs for all.",
+            )
+        return out
+
+    with measuring(model):
+        x, x2 = outside_inference(x), outside_inference(x2)
+        tape = LayerTape(model, function, x)
+        names = _reached(tape, on_unsupported)
+        width = tape.shape[1]
+        scale = 1.0
+        if project_above is not None and num_projections is None and width > project_above:
+            num_projections = _PROJECTIONS
+        if project_above is not None and num_projections is not None and num_projections > 1:
+            outputs = "diagonal"
+        rows = torch.eye(width, dtype=tape.dtype, device=tape.device)
+        if num_projections is not None:
+            drawn = random_orthonormal_rows(num_projections, width, generator=generator)[0]
+            rows = drawn.to(rows)
+            scale = width / num_projections
+        request = KernelRequest(
+            mode=outputs,
+            rows=rows,
+            names=names,
+            layers=layers,
+            weights=checked_weights(weights, tape.parameters),
+            sketch_size=sketch_size,
+            generator=generator,
+            chunk_size=chunk_size,
+            max_memory=max_memory,
+        )
+        kernels = tangent_kernel(tape, x, x2, request)
+    if outputs == "trace":
+        kernels = {path: kernel * (scale / width) for path, kernel in kernels.items()}
+    return kernels, width
+
+
+def _check_request(
+    outputs: str,
+    num_projections: int | None,
+    sketch_size: int | None,
+    chunk_size: int | None,
+    max_memory: int | None,
+    on_unsupported: str,
+) -> None:
+    if outputs not in MODES:
+        raise InputError("unknown output mode", got=repr(outputs), fix=f"Write one of {MODES}.")
+    if num_projections is not None and outputs == "full":
+        raise InputError(
+            "random output projections estimate the trace kernel only",
+            got=f"outputs={outputs!r}",
+            fix='Write outputs="trace", or num_projections=None.',
+        )
+    if on_unsupported not in ("raise", "skip"):
+        raise InputError("unknown on_unsupported", got=repr(on_unsupported), fix='Write "raise" or "skip".')
+    sizes = {"sketch_size": sketch_size, "chunk_size": chunk_size, "max_memory": max_memory}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise InputError(
+                f"{name} must be at least 1", got=size, fix=f"Write {name}=None for the default."
+            )
+
+
+def _check_alike(x: Any, x2: Any) -> None:
+    """Two batches of one kind: the same nest, and the same shapes behind the examples."""
+    left, first = pytree.tree_flatten(x)
+    right, second = pytree.tree_flatten(x2)
+    shapes = [
+        [list(leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in side]
+        for side in (left, right)
+    ]
+    if first != second or shapes[0] != shapes[1]:
+        raise InputError(
+            "x and x2 must have the same shape behind the examples",
+            got=f"{shapes[0]} and {shapes[1]}",
+            fix="Pass inputs of one kind; pad sequences to one length.",
+        )
+
+
+def _reached(tape: LayerTape, on_unsupported: str) -> list[str]:
+    """Names of the parameters that count."""
+    names = [name for name in tape.parameters if name not in tape.unsupported]
+    if tape.unsupported:
+        name, reason = next(iter(tape.unsupported.items()))
+        if on_unsupported == "raise" or not names:
+            raise UnsupportedError(
+                f"the kernel misses {len(tape.unsupported)} of the parameters, first {name!r} of module "
+                f"{tape.owners[name]!r}: {reason}",
+                fix='Mend that, or write on_unsupported="skip" for the kernel over the others.',
+            )
+        warnings.warn(
+            f"the kernel leaves out {', '.join(map(repr, tape.unsupported))}: {reason}", stacklevel=4
+        )
+    return names
+
+
+def checked_weights(
+    weights: Mapping[str, float | Tensor] | None, parameters: Mapping[str, Tensor]
+) -> dict[str, float | Tensor]:
+    """Weights of parameters by name, refused where they do not fit."""
+    for name, weight in (weights or {}).items():
+        if name not in parameters:
+            raise InputError(
+                "weights name a parameter that is not trained",
+                got=repr(name),
+                fix=f"Use names of model.named_parameters(), such as {next(iter(parameters))!r}.",
+            )
+        values = torch.as_tensor(weight)
+        if values.ndim and values.shape != parameters[name].shape:
+            raise InputError(
+                f"the weight of {name!r} must be a number or have its shape {list(parameters[name].shape)}",
+                got=list(values.shape),
+                fix="Pass one weight per entry of the parameter.",
+            )
+        if not bool((values.isfinite() & (values >= 0)).all()):
+            raise InputError(
+                f"the weight of {name!r} must be finite and not negative",
+                got=f"values from {float(values.min()):.3g} to {float(values.max()):.3g}",
+                fix="Pass squared factors, such as learning rates.",
+            )
+    return {
+        name: weight.detach() if isinstance(weight, Tensor) and weight.ndim else float(weight)
+        for name, weight in (weights or {}).items()
+    }

@@ -1,0 +1,125 @@
+"""Norms of the gradients of single examples, from one forward and backward pass of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import InputError, UnsupportedError
+from ..stats.linalg import accumulation_dtype
+from .factors import Plain
+from .functional import call, check_inputs, examples, measuring, outside_inference, take
+from .tape import LayerTape
+
+__all__ = [
+    "per_example_grad_norms",
+]
+
+
+def per_example_grad_norms(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], x: Any, y: Any, *, chunk_size: int | None = None
+) -> Tensor:
+    """Norm of each example's own loss gradient, from one forward and backward pass of the batch.
+
+    Evaluation mode. ``loss_fn`` sees one example at a time, as a batch of one, so that it does not matter
+    whether it takes a mean or a sum over examples.
+
+    Args:
+        model: Any module that treats the examples of a batch one by one.
+        loss_fn: Maps outputs and targets of a batch of one to one number.
+        x: Inputs.
+        y: Targets: a tensor, or a nest of tensors with the examples first.
+        chunk_size: Examples at a time; all when ``None``.
+
+    Returns:
+        One norm per example, float64.
+
+    Shapes:
+        x ``[N, ...]`` -> ``[N]``.
+
+    Units:
+        loss / parameter.
+
+    Raises:
+        InputError: A loss that is not one number, outputs without an axis of examples, no trainable
+            parameter, or an empty or non-finite batch.
+        UnsupportedError: If a parameter cannot be reached, or examples are coupled.
+
+    Source:
+        Goodfellow 2015, arXiv:1510.01799; Gray et al. 2024, arXiv:2411.00999.
+
+    Example:
+        >>> net = nn.Linear(1, 1, bias=False)
+        >>> x, y = torch.tensor([[1.0], [2.0]]), torch.zeros(2)
+        >>> per_example_grad_norms(net, lambda out, y: out.mean(), x, y)   # d out_i / d w = x_i
+        tensor([1., 2.], dtype=torch.float64)
+    """
+    check_inputs(model, x)
+    leaves: list[Any] = []
+    spec: Any = None
+
+    def function(batch: Any) -> Tensor:
+        nonlocal leaves, spec
+        leaves, spec = pytree.tree_flatten(call(model, batch))
+        moved = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        count = examples(batch)
+        if not moved or any(leaf.ndim == 0 or len(leaf) != count for leaf in moved):
+            raise InputError(
+                f"the outputs must be tensors whose first dimension counts the {count} examples",
+                got=[
+                    list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves
+                ],
+                fix="Wrap the model so that it returns such a tensor.",
+            )
+        return torch.cat([leaf.reshape(count, -1) for leaf in moved], 1)
+
+    norms = []
+    with measuring(model):
+        x, y = outside_inference(x), outside_inference(y)
+        tape = LayerTape(model, function, x)
+        if tape.unsupported:
+            name, reason = next(iter(tape.unsupported.items()))
+            raise UnsupportedError(
+                f"per-example gradients miss {len(tape.unsupported)} of the parameters, first {name!r}: "
+                f"{reason}",
+                fix="Mend that, or freeze those parameters.",
+            )
+        for begin in range(0, examples(x), chunk_size or examples(x)):
+            part = slice(begin, begin + (chunk_size or examples(x)))
+            recording = tape.record(take(x, part), first=begin == 0)
+            rows = _loss_cotangents(loss_fn, leaves, spec, take(y, part), len(recording.output))
+            squares = rows.new_zeros(len(rows), dtype=accumulation_dtype(rows.device))
+            for side in recording.sides(rows[None]).values():
+                gradient = side.uses[0] if len(side.uses) == 1 else Plain(side.dense())
+                squares += gradient.sq_norms()[0]
+            norms.append(squares.sqrt())
+    return torch.cat(norms)
+
+
+def _loss_cotangents(
+    loss_fn: Callable[[Any, Any], Tensor], leaves: list[Any], spec: Any, y: Any, count: int
+) -> Tensor:
+    """Derivative of each example's own loss with respect to its outputs, ``[N, S]``."""
+    rows = []
+    for n in range(count):
+        shown = [
+            leaf.detach()[n : n + 1].requires_grad_(leaf.requires_grad)
+            if isinstance(leaf, Tensor) and leaf.ndim
+            else leaf
+            for leaf in leaves
+        ]
+        loss = loss_fn(pytree.tree_unflatten(shown, spec), take(y, slice(n, n + 1)))
+        if loss.numel() != 1:
+            raise InputError(
+                "loss_fn must return one number",
+                got=f"shape {list(loss.shape)}",
+                fix='Write loss_fn=nn.CrossEntropyLoss(), or any other with reduction="mean".',
+            )
+        moved = [leaf for leaf in shown if isinstance(leaf, Tensor) and leaf.requires_grad]
+        grads = torch.autograd.grad(loss.sum(), moved, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([grad.reshape(-1) for grad in grads]))
+    return torch.stack(rows)
