@@ -18,7 +18,7 @@ from gradiometer.engine.monitor import Monitor
 from gradiometer.observables import Observable
 from gradiometer.record.loggers import LoggersRecorder
 
-from .lightning_batches import check_accumulation, follow_controllers
+from .lightning_trainer import check_accumulation, follow_controllers, pass_on
 
 
 class DynamicsMonitor(Callback):
@@ -136,12 +136,8 @@ class DynamicsMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Pass new readings to ``callback_metrics`` and the progress bar."""
-        numbers = self.session.new_numbers()  # log() would compute every key again after each batch
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in numbers.items()})
-        trainer.progress_bar_metrics.update({key: numbers[key] for key in self._progress_bar & set(numbers)})
-        if self.session.should_stop:
-            trainer.should_stop = True
+        """Pass new readings, and a controller's wish to end the run, to the trainer."""
+        pass_on(trainer, self.session, self._progress_bar)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A checkpoint from here on belongs to the end of an epoch."""

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gradiometer import Ema, MemoryRecorder, Monitor, Observable, Quantity, Reference, Snapshot
+from gradiometer import Ema, MemoryRecorder, Monitor, Observable, Quantity, Snapshot
+from gradiometer.stats.estimators import Reference
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ _WHERE = {
     "Controller": "control",
     "Ema": "stats.estimators",
     "EquilibriumLR": "control",
-    "Estimate": "observables",
+    "Estimator": "stats.estimators",
     "FluctuationDissipation": "observables",
     "GradientCosine": "observables",
     "GradientNoiseScale": "observables",
@@ -36,7 +36,7 @@ _WHERE = {
     "Observable": "observables",
     "Quantity": "record.readings",
     "Reading": "record.readings",
-    "Reference": "stats.estimators",
+    "Schedule": "observables",
     "SecondFluctuationDissipation": "observables",
     "Snapshot": "collect.snapshot",
     "StopWhenSettled": "control",
@@ -56,11 +56,11 @@ _WHERE = {
 
 _MOVED = {
     "Decision": "record.readings",
-    "Estimator": "stats.estimators",
+    "Estimate": "observables",
     "Last": "stats.estimators",
     "Probe": "collect.snapshot",
     "Recorder": "record",
-    "Schedule": "observables",
+    "Reference": "stats.estimators",
     "best_step": "observables",
     "curvature_of_noise": "observables.noise_curvature",
     "default_observables": "observables",
@@ -88,7 +88,6 @@ if TYPE_CHECKING:
     from .control import NoiseScaleBatchSize as NoiseScaleBatchSize
     from .control import StopWhenSettled as StopWhenSettled
     from .engine.monitor import Monitor as Monitor
-    from .observables import Estimate as Estimate
     from .observables import FluctuationDissipation as FluctuationDissipation
     from .observables import GradientCosine as GradientCosine
     from .observables import GradientNoiseScale as GradientNoiseScale
@@ -97,6 +96,7 @@ if TYPE_CHECKING:
     from .observables import NeuralTangentKernel as NeuralTangentKernel
     from .observables import NoiseCurvature as NoiseCurvature
     from .observables import Observable as Observable
+    from .observables import Schedule as Schedule
     from .observables import SecondFluctuationDissipation as SecondFluctuationDissipation
     from .observables import at as at
     from .observables import empirical_ntk as empirical_ntk
@@ -114,9 +114,9 @@ if TYPE_CHECKING:
     from .record.readings import Quantity as Quantity
     from .record.readings import Reading as Reading
     from .stats.estimators import Ema as Ema
+    from .stats.estimators import Estimator as Estimator
     from .stats.estimators import HalfRun as HalfRun
     from .stats.estimators import Mean as Mean
-    from .stats.estimators import Reference as Reference
     from .stats.estimators import Window as Window
 
 __all__ = ["__version__", *_WHERE]

@@ -108,6 +108,11 @@ class Reading:
         return self.value if isinstance(self.value, float) else math.nan
 
     @property
+    def is_scalar(self) -> bool:
+        """Whether the value is a plain number."""
+        return isinstance(self.value, float)
+
+    @property
     def is_finite(self) -> bool:
         """Whether the value is a plain, finite number."""
         return isinstance(self.value, float) and math.isfinite(self.value)

@@ -1,9 +1,10 @@
-"""A Lightning trainer whose batches grow: what it accumulates, and how many batches it counts in an epoch."""
+"""What a Lightning trainer takes over: growing batches, new readings, the end of the run."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -46,6 +47,20 @@ def follow_controllers(trainer: Trainer, session: Session, batch_idx: int) -> No
         _accumulate(trainer, session.accumulation, batch_idx)
     if session.resizes:
         _count_batches(trainer, batch_idx)
+
+
+def pass_on(trainer: Trainer, session: Session, progress_bar: set[str]) -> None:
+    """Give the trainer what is new after a batch: readings, and a controller's wish to end the run.
+
+    Args:
+        trainer: The trainer; its ``log()`` would compute every key again after each batch.
+        session: What holds the monitor.
+        progress_bar: Keys that are also shown in the progress bar.
+    """
+    numbers = session.new_numbers()
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in numbers.items()})
+    trainer.progress_bar_metrics.update({key: numbers[key] for key in progress_bar & set(numbers)})
+    trainer.should_stop |= session.should_stop
 
 
 def _accumulate(trainer: Trainer, wanted: int | None, batch_idx: int) -> None:
