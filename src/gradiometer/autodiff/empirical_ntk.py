@@ -18,7 +18,16 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError, UnsupportedError
 from ..stats.linalg import random_orthonormal_rows
 from .factors import Mode
-from .functional import Forward, call, check_inputs, check_outputs, examples, measuring, outside_inference
+from .functional import (
+    Batch,
+    Forward,
+    call,
+    check_inputs,
+    check_outputs,
+    examples,
+    measuring,
+    outside_inference,
+)
 from .ntk import KernelRequest, tangent_kernel
 from .tape import LayerTape
 
@@ -225,8 +234,9 @@ def probed_kernel(
         return out
 
     with measuring(model):
-        x, x2 = outside_inference(x), outside_inference(x2)
-        tape = LayerTape(model, function, x)
+        first = Batch.of(outside_inference(x))
+        second = None if x2 is None else Batch.of(outside_inference(x2))
+        tape = LayerTape(model, function, first)
         names = _reached(tape, on_unsupported)
         width = tape.shape[1]
         scale = 1.0
@@ -250,7 +260,7 @@ def probed_kernel(
             chunk_size=chunk_size,
             max_memory=max_memory,
         )
-        kernels = tangent_kernel(tape, x, x2, request)
+        kernels = tangent_kernel(tape, first, second, request)
     if outputs == "trace":
         kernels = {path: kernel * (scale / width) for path, kernel in kernels.items()}
     return kernels, width

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -273,6 +274,56 @@ def take(x: Any, index: Any) -> Any:
         {'a': tensor([1, 2])}
     """
     return pytree.tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, x)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A nest of tensors whose first dimension counts the examples, and how many they are.
+
+    Args:
+        nest: A tensor, or a nest of tensors.
+        count: Number of examples.
+
+    Example:
+        >>> batch = Batch.of({"a": torch.arange(5)})
+        >>> batch.count, [(begin, part.nest["a"].tolist()) for begin, part in batch.parts(2)]
+        (5, [(0, [0, 1]), (2, [2, 3]), (4, [4])])
+    """
+
+    nest: Any
+    count: int
+
+    @classmethod
+    def of(cls, nest: Any) -> Batch:
+        """Count the examples of a nest, as :func:`examples` does."""
+        return cls(nest, examples(nest))
+
+    def part(self, begin: int, size: int) -> Batch:
+        """Consecutive examples.
+
+        Args:
+            begin: The first of them.
+            size: How many, where there are as many.
+        """
+        end = min(begin + size, self.count)
+        return Batch(take(self.nest, slice(begin, end)), end - begin)
+
+    def parts(self, size: int) -> Iterator[tuple[int, Batch]]:
+        """All examples, so many at a time, with the number of the first.
+
+        Args:
+            size: Examples at a time.
+        """
+        for begin in range(0, self.count, size):
+            yield begin, self.part(begin, size)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Any:
+        """The nest with something else in place of each tensor.
+
+        Args:
+            function: Of one tensor.
+        """
+        return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, self.nest)
 
 
 def outside_inference(x: Any) -> Any:

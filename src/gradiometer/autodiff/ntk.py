@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..stats.linalg import accumulation_dtype
 from .factors import Mode, Plain, Side, Weight, gram, sketch
-from .functional import examples, take
+from .functional import Batch
 from .tape import LayerTape, Recording
 
 FREE_SHARE = 0.25
@@ -67,7 +66,7 @@ class KernelRequest:
     max_memory: int | None
 
 
-def tangent_kernel(tape: LayerTape, x: Any, x2: Any, request: KernelRequest) -> dict[str, Tensor]:
+def tangent_kernel(tape: LayerTape, x: Batch, x2: Batch | None, request: KernelRequest) -> dict[str, Tensor]:
     """The kernel, or one per module that owns parameters.
 
     Args:
@@ -92,15 +91,17 @@ def tangent_kernel(tape: LayerTape, x: Any, x2: Any, request: KernelRequest) -> 
         return _sketched(tape, batches, modules, request, step, outputs)
     symmetric = x2 is None
     rows = request.rows
-    counts = [examples(x), examples(batches[-1])]
     shape = {"trace": (), "diagonal": (len(rows),), "full": (len(rows), len(rows))}[request.mode]
     dtype = accumulation_dtype(rows.device)
     paths = list(modules) if request.layers else [""]
-    kernels = {path: torch.zeros(*counts, *shape, dtype=dtype, device=rows.device) for path in paths}
+    kernels = {
+        path: torch.zeros(x.count, batches[-1].count, *shape, dtype=dtype, device=rows.device)
+        for path in paths
+    }
     for i, one in _recordings(tape, x, step, first=True):
-        for j in range(i if symmetric else 0, counts[1], step):
+        for j in range(i if symmetric else 0, batches[-1].count, step):
             same = symmetric and i == j
-            two = one if same else tape.record(take(batches[-1], slice(j, j + step)))
+            two = one if same else tape.record(batches[-1].part(j, step))
             for k in range(0, len(rows), outputs):
                 left = _sides(one, k, outputs, request)
                 last = len(rows) if request.mode == "full" else k + 1
@@ -111,10 +112,10 @@ def tangent_kernel(tape: LayerTape, x: Any, x2: Any, request: KernelRequest) -> 
     return kernels
 
 
-def _recordings(tape: LayerTape, x: Any, step: int, *, first: bool) -> Iterator[tuple[int, Recording]]:
+def _recordings(tape: LayerTape, batch: Batch, step: int, *, first: bool) -> Iterator[tuple[int, Recording]]:
     """The batch in chunks."""
-    for i in range(0, examples(x), step):
-        yield i, tape.record(take(x, slice(i, i + step)), first=i == 0 and first)
+    for i, part in batch.parts(step):
+        yield i, tape.record(part, first=i == 0 and first)
 
 
 def _sides(recording: Recording, k: int, outputs: int, request: KernelRequest) -> dict[str, Side]:
@@ -166,9 +167,9 @@ def _put(kernel: Tensor, block: Tensor, mode: Mode, at: tuple[int, int, int, int
             kernel[j : j + m, i : i + n, other : other + others, k : k + outputs] += block.permute(3, 1, 2, 0)
 
 
-def _pieces(tape: LayerTape, batches: list[Any], request: KernelRequest) -> tuple[int, int]:
+def _pieces(tape: LayerTape, batches: list[Batch], request: KernelRequest) -> tuple[int, int]:
     """How many examples and how many outputs are held at a time."""
-    most = max(examples(batch) for batch in batches)
+    most = max(batch.count for batch in batches)
     count, outputs = min(request.chunk_size or most, most), len(request.rows)
     limit = request.max_memory or memory_limit(request.rows.device)
     if request.mode != "full" and tape.in_turn(count):
@@ -199,7 +200,7 @@ def _pieces(tape: LayerTape, batches: list[Any], request: KernelRequest) -> tupl
 
 def _sketched(
     tape: LayerTape,
-    batches: list[Any],
+    batches: list[Batch],
     modules: dict[str, list[str]],
     request: KernelRequest,
     step: int,
@@ -211,7 +212,7 @@ def _sketched(
     seeds = {path: int(torch.randint(2**62, (), generator=request.generator)) for path in modules}
     features: list[dict[str, Tensor]] = []
     for batch in batches:
-        shape = (len(request.rows), examples(batch), size)
+        shape = (len(request.rows), batch.count, size)
         found = {path: request.rows.new_zeros(shape) for path in (modules if request.layers else [""])}
         for i, recording in _recordings(tape, batch, step, first=batch is batches[0]):
             for k in range(0, len(request.rows), outputs):

@@ -43,10 +43,10 @@ class Operation:
         leaves: All arguments, flattened; kept in the passes that are learned from.
         edges: Where the gradients of arguments go.
         spec: How to put the arguments together again.
-        versions: Of the tensors in ``kept``.
+        versions: Of the tensors in ``inputs``.
         outputs: Shape and edge of each tensor that came out; ``None`` for one without a gradient.
         made: The tensors themselves, in the passes that are learned from.
-        kept: The arguments' values as they went in.
+        inputs: The arguments' values as they went in.
         call: The number of the layer call in which it happened.
     """
 
@@ -57,14 +57,14 @@ class Operation:
     versions: list[int]
     outputs: list[tuple[torch.Size, GradientEdge] | None]
     made: list[Tensor]
-    kept: list[Any]
+    inputs: list[Any]
     call: int | None
 
     def output(self, i: int) -> tuple[torch.Size, GradientEdge]:
         """Shape and edge of an output that has a gradient."""
-        found = self.outputs[i]
-        assert found is not None
-        return found
+        output = self.outputs[i]
+        assert output is not None
+        return output
 
 
 def _edge(value: Any) -> GradientEdge | None:
@@ -111,11 +111,11 @@ class Operations(TorchFunctionMode):
             edges = [_edge(leaf) for leaf in leaves]
         except RuntimeError:  # inside a transform of the model's own
             return function(*args, **kwargs)
-        kept = list(leaves)
+        inputs = list(leaves)
         in_place = out_of_place(function) is not None
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-                kept[i] = leaf.detach().clone() if in_place else leaf.detach()
+                inputs[i] = leaf.detach().clone() if in_place else leaf.detach()
         out = function(*args, **kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
         try:
@@ -128,40 +128,40 @@ class Operations(TorchFunctionMode):
                 leaves=leaves if self._wanted is None else [],
                 edges=edges,
                 spec=spec,
-                versions=[leaf._version if isinstance(leaf, Tensor) else 0 for leaf in kept],
+                versions=[leaf._version if isinstance(leaf, Tensor) else 0 for leaf in inputs],
                 outputs=[
                     None if edge is None else (t.shape, edge) for t, edge in zip(tensors, ends, strict=True)
                 ],
                 made=tensors if self._wanted is None else [],
-                kept=kept,
+                inputs=inputs,
                 call=self.call,
             )
         return out
 
 
 def meetings(
-    one: Mapping[int, Operation],
-    two: Mapping[int, Operation],
+    alone: Mapping[int, Operation],
+    in_company: Mapping[int, Operation],
     parameters: set[int],
     served: Collection[int],
 ) -> dict[int, Use]:
     """The operations in which tensors made of parameters alone meet tensors that hold examples.
 
     Args:
-        one: Operations on one example.
-        two: The same on two.
+        alone: Operations on one example.
+        in_company: The same on two.
         parameters: ``id`` of each parameter looked for.
         served: Numbers of the layer calls that a rule serves; what happens inside them does not count.
 
     Raises:
         UnmatchedError: If the two do not match.
     """
-    if list(one) != list(two):
+    if list(alone) != list(in_company):
         raise UnmatchedError
     free = set(parameters)
     uses: dict[int, Use] = {}
-    for number, first in one.items():
-        second = two[number]
+    for number, first in alone.items():
+        second = in_company[number]
         met = [i for i, leaf in enumerate(first.leaves) if isinstance(leaf, Tensor) and id(leaf) in free]
         if not met or not any(first.outputs) or first.call in served:
             continue
@@ -177,11 +177,11 @@ def meetings(
             for i, leaf in enumerate(first.leaves)
             if isinstance(leaf, Tensor) and i not in met
         }
-        known = [axis for axis in axes if axis is not None]
-        if len(known) < len(axes):
+        output_axes = [axis for axis in axes if axis is not None]
+        if len(output_axes) < len(axes):
             raise UnmatchedError
         uses[number] = Use(
-            first, met, {i: axis for i, axis in batched.items() if axis is not None}, outputs, known
+            first, met, {i: axis for i, axis in batched.items() if axis is not None}, outputs, output_axes
         )
     return uses
 
@@ -216,22 +216,22 @@ def pull(
     """
     then = use.operation
     for i in use.axes:
-        if now.kept[i]._version != now.versions[i]:
+        if now.inputs[i]._version != now.versions[i]:
             raise UnsupportedError(
                 f"an input of {_name(then.function)} was changed in place after it was used with a parameter",
                 fix="Write the operation that changes it out of place.",
             )
-    known = [g for g in gs if g is not None]
+    present = [g for g in gs if g is not None]
     if len(gs) == 1 and then.function in _ADDITIONS and len(then.leaves) == 2 and len(use.free) == 1:
-        found: dict[int, Factor] = {use.free[0]: _added(use, known[0], count)}
-    elif then.function is functional.linear and (rows := _as_layer(use, now, known[0])) is not None:
-        found = rows
+        factors_of: dict[int, Factor] = {use.free[0]: _added(use, present[0], count)}
+    elif then.function is functional.linear and (of_layer := _as_layer(use, now, present[0])) is not None:
+        factors_of = of_layer
     else:
-        full = [_like_output(use, i, known[0], count) if g is None else g for i, g in enumerate(gs)]
-        each = _each(use, now, full, count)
-        found = {i: Plain(g.reshape(*g.shape[:2], -1)) for i, g in zip(use.free, each, strict=True)}
+        full = [_like_output(use, i, present[0], count) if g is None else g for i, g in enumerate(gs)]
+        gradients = _example_by_example(use, now, full, count)
+        factors_of = {i: Plain(g.reshape(*g.shape[:2], -1)) for i, g in zip(use.free, gradients, strict=True)}
     factors: list[tuple[str, Factor]] = []
-    for i, factor in found.items():
+    for i, factor in factors_of.items():
         name = names.get(id(then.leaves[i]))
         if name is not None:
             factors.append((name, factor))
@@ -255,11 +255,11 @@ _ADDITIONS = frozenset((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tens
 def _added(use: Use, g: Tensor, count: int) -> Plain:
     """A sum: the cotangent itself, summed over what was broadcast."""
     axis, shape = use.output_axes[0], use.operation.leaves[use.free[0]].shape
-    each = g.unflatten(axis.axis + 1, (count, axis.size)).movedim(axis.axis + 1, 1)
-    aligned = (1,) * (each.ndim - 2 - len(shape)) + tuple(shape)
-    broadcast = [2 + d for d, size in enumerate(aligned) if size == 1 and each.shape[2 + d] != 1]
-    summed = each.sum(broadcast, keepdim=True) if broadcast else each
-    return Plain(summed.reshape(*each.shape[:2], -1))
+    gradients = g.unflatten(axis.axis + 1, (count, axis.size)).movedim(axis.axis + 1, 1)
+    aligned = (1,) * (gradients.ndim - 2 - len(shape)) + tuple(shape)
+    broadcast = [2 + d for d, size in enumerate(aligned) if size == 1 and gradients.shape[2 + d] != 1]
+    summed = gradients.sum(broadcast, keepdim=True) if broadcast else gradients
+    return Plain(summed.reshape(*gradients.shape[:2], -1))
 
 
 def _as_layer(use: Use, now: Operation, g: Tensor) -> dict[int, Factor] | None:
@@ -272,69 +272,101 @@ def _as_layer(use: Use, now: Operation, g: Tensor) -> dict[int, Factor] | None:
     if axis is None or axis != use.output_axes[0] or len(local) < len(use.free) or axis.axis == g.ndim - 2:
         return None
     wide = torch.promote_types(g.dtype, torch.float32)
-    a = now.kept[places["input"]].to(wide).movedim(axis.axis, 0)
+    a = now.inputs[places["input"]].to(wide).movedim(axis.axis, 0)
     factors = linear(nn.Identity(), a)(g.to(wide).movedim(axis.axis + 1, 1))
     return {i: factors[name].fold(axis.size) for i, name in local.items()}
 
 
-def _each(use: Use, now: Operation, gs: Sequence[Tensor], count: int) -> Sequence[Tensor]:
-    """Any function: its own vjp, mapped over examples and outputs; ``[K, N, ...]`` per free tensor."""
-    then, outputs = use.operation, len(gs[0])
-    in_dims = [axis.axis for axis in use.axes.values()]
-    moved = [now.kept[i].unflatten(axis.axis, (count, axis.size)) for i, axis in use.axes.items()]
-    g_dims = [axis.axis + 1 for axis in use.output_axes]
-    cotangents = [
-        g.unflatten(axis.axis + 1, (count, axis.size)) for g, axis in zip(gs, use.output_axes, strict=True)
-    ]
-    free = [then.kept[i].detach() for i in use.free]
-    function = out_of_place(then.function) or then.function
+class _OneOperation:
+    """One function on its own, example by example.
 
-    def run(xs: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        leaves = [now.kept[i] if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(then.kept)]
+    Args:
+        use: The operation as it was learned; free tensors keep the values they had there.
+        now: The same in the pass over the batch.
+        gs: Cotangents of the outputs, ``[K, ...]``.
+        count: Number of examples.
+    """
+
+    def __init__(self, use: Use, now: Operation, gs: Sequence[Tensor], count: int) -> None:
+        self._use = use
+        self._now = now
+        self._function = out_of_place(use.operation.function) or use.operation.function
+        self._free = [use.operation.inputs[i].detach() for i in use.free]
+        # an axis of N * size entries becomes two, so that one index picks one example
+        self._xs = [now.inputs[i].unflatten(axis.axis, (count, axis.size)) for i, axis in use.axes.items()]
+        self._x_dims = [axis.axis for axis in use.axes.values()]
+        self._gs = [
+            g.unflatten(axis.axis + 1, (count, axis.size))
+            for g, axis in zip(gs, use.output_axes, strict=True)
+        ]
+        self._g_dims = [axis.axis + 1 for axis in use.output_axes]
+
+    def _run(self, xs: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs that have a gradient, of one example."""
+        then, now, use = self._use.operation, self._now, self._use
+        leaves = [now.inputs[i] if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(then.inputs)]
         for i, value in [*zip(use.axes, xs, strict=True), *zip(use.free, values, strict=True)]:
             leaves[i] = value
         args, kwargs = pytree.tree_unflatten(leaves, then.spec)
-        found = [leaf for leaf in pytree.tree_leaves(function(*args, **kwargs)) if isinstance(leaf, Tensor)]
-        return tuple(found[i] for i in use.outputs)
+        tensors = [out for out in pytree.tree_leaves(self._function(*args, **kwargs)) if _is_tensor(out)]
+        return tuple(tensors[i] for i in use.outputs)
 
-    def single(xs: list[Tensor], g: list[Tensor]) -> tuple[Tensor, ...]:
-        back = vjp(lambda *values: run(xs, values), *free)[1]
-        return vmap(lambda *one: back(tuple(one)))(*g)
+    def mapped(self) -> Sequence[Tensor]:
+        """All examples and outputs at once, ``[K, N, ...]`` for each free tensor.
 
-    def plainly(n: int, ks: Sequence[int]) -> list[list[Tensor]]:
-        """One example by plain autograd: per output, per tensor."""
-        values = [value.detach().clone().requires_grad_() for value in free]
-        with torch.enable_grad():
-            out = run([x.select(dim, n) for x, dim in zip(moved, in_dims, strict=True)], values)
-        rows = [[c.select(dim, n)[k] for c, dim in zip(cotangents, g_dims, strict=True)] for k in ks]
-        grads = [torch.autograd.grad(out, values, g, retain_graph=True, allow_unused=True) for g in rows]
-        return [
-            [torch.zeros_like(v) if grad is None else grad for v, grad in zip(values, one, strict=True)]
-            for one in grads
-        ]
+        Raises:
+            RuntimeError: If the function has no batching rule; a slow one is a UserWarning.
+        """
 
-    gradients: Sequence[Tensor] | None = None
-    try:
+        def one_example(xs: list[Tensor], gs: list[Tensor]) -> tuple[Tensor, ...]:
+            pull_back = vjp(lambda *values: self._run(xs, values), *self._free)[1]
+            return vmap(lambda *g: pull_back(tuple(g)))(*gs)
+
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("error")
-            gradients = vmap(single, in_dims=(in_dims, g_dims), out_dims=1)(moved, cotangents)
+            return vmap(one_example, in_dims=(self._x_dims, self._g_dims), out_dims=1)(self._xs, self._gs)
+
+    def plain(self, n: int, ks: Sequence[int]) -> list[list[Tensor]]:
+        """One example by plain autograd: for each output, for each free tensor."""
+        values = [value.detach().clone().requires_grad_() for value in self._free]
+        xs = [x.select(dim, n) for x, dim in zip(self._xs, self._x_dims, strict=True)]
+        with torch.enable_grad():
+            out = self._run(xs, values)
+        gradients = []
+        for k in ks:
+            gs = [g.select(dim, n)[k] for g, dim in zip(self._gs, self._g_dims, strict=True)]
+            grads = torch.autograd.grad(out, values, gs, retain_graph=True, allow_unused=True)
+            gradients.append(
+                [torch.zeros_like(v) if grad is None else grad for v, grad in zip(values, grads, strict=True)]
+            )
+        return gradients
+
+
+def _example_by_example(use: Use, now: Operation, gs: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+    """Any function: its own vjp, mapped over examples and outputs; ``[K, N, ...]`` per free tensor."""
+    operation, outputs = _OneOperation(use, now, gs, count), len(gs[0])
+    try:
+        gradients = operation.mapped()
+        corners = [(k, n) for n in {0, count - 1} for k in {0, outputs - 1}]
+        # a batching rule may be wrong, as that of prelu is in torch 2.13
+        if all(equal([g[k, n] for g in gradients], operation.plain(n, [k])[0]) for k, n in corners):
+            return gradients
     except (RuntimeError, UserWarning):  # no batching rule, as for GRU
         pass
-    if gradients is None or not all(
-        equal([gradient[k, n] for gradient in gradients], plainly(n, [k])[0])
-        for n in {0, count - 1}
-        for k in {0, outputs - 1}
-    ):  # a batching rule may be wrong, as that of prelu is in torch 2.13
-        each = [plainly(n, range(outputs)) for n in range(count)]
-        gradients = [
-            torch.stack([torch.stack([row[i] for row in one]) for one in each], 1) for i in range(len(free))
-        ]
-    return gradients
+    by_example = [operation.plain(n, range(outputs)) for n in range(count)]
+    return [
+        torch.stack([torch.stack([row[i] for row in rows]) for rows in by_example], 1)
+        for i in range(len(use.free))
+    ]
 
 
-def equal(found: Sequence[Tensor | None], true: Sequence[Tensor | None]) -> bool:
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def equal(fast: Sequence[Tensor | None], true: Sequence[Tensor | None]) -> bool:
     """Equal up to rounding."""
-    for a, b in zip(found, true, strict=True):
+    for a, b in zip(fast, true, strict=True):
         if a is None or b is None:
             if a is not b:
                 return False
@@ -358,8 +390,8 @@ def _back(edge: GradientEdge | None, gradient: Tensor, parameters: Mapping[str, 
     except (RuntimeError, UserWarning):
         grads = plain
     if grads is plain or not equal([None if g is None else g[-1] for g in grads], plain):
-        each = [torch.autograd.grad([edge], leaves, [one], **options) for one in flat]
-        stacks = [None if one[0] is None else torch.stack(one) for one in zip(*each, strict=True)]
+        in_turn = [torch.autograd.grad([edge], leaves, [row], **options) for row in flat]
+        stacks = [None if rows[0] is None else torch.stack(rows) for rows in zip(*in_turn, strict=True)]
         grads = tuple(stacks)  # type: ignore[arg-type]
     return {
         name: grad.reshape(*gradient.shape[:2], -1)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError, UnsupportedError
 from ..stats.linalg import accumulation_dtype
 from .factors import Plain
-from .functional import call, check_inputs, examples, measuring, outside_inference, take
+from .functional import Batch, call, check_inputs, examples, measuring, outside_inference, take
 from .tape import LayerTape
 
 __all__ = [
@@ -79,8 +79,8 @@ def per_example_grad_norms(
 
     norms = []
     with measuring(model):
-        x, y = outside_inference(x), outside_inference(y)
-        tape = LayerTape(model, function, x)
+        batch, y = Batch.of(outside_inference(x)), outside_inference(y)
+        tape = LayerTape(model, function, batch)
         if tape.unsupported:
             name, reason = next(iter(tape.unsupported.items()))
             raise UnsupportedError(
@@ -88,10 +88,10 @@ def per_example_grad_norms(
                 f"{reason}",
                 fix="Mend that, or freeze those parameters.",
             )
-        for begin in range(0, examples(x), chunk_size or examples(x)):
-            part = slice(begin, begin + (chunk_size or examples(x)))
-            recording = tape.record(take(x, part), first=begin == 0)
-            rows = _loss_cotangents(loss_fn, leaves, spec, take(y, part), len(recording.output))
+        for begin, part in batch.parts(chunk_size or batch.count):
+            recording = tape.record(part, first=begin == 0)
+            targets = take(y, slice(begin, begin + part.count))
+            rows = _loss_cotangents(loss_fn, leaves, spec, targets, part.count)
             squares = rows.new_zeros(len(rows), dtype=accumulation_dtype(rows.device))
             for side in recording.sides(rows[None]).values():
                 gradient = side.uses[0] if len(side.uses) == 1 else Plain(side.dense())

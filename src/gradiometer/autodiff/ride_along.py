@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import SampleSkippedError, UnsupportedError
 from .factors import Factor, add
-from .rules import RULES, exception_to_rule
+from .rules import RULES, exception_to_rule, verify
 
 _TOLERANCE = 1e-3
 _ROUNDINGS = 10.0
@@ -174,6 +174,7 @@ class RideAlong:
             if reason:
                 self._skip(module, reason)
                 return
+            verify(path, module, a)
             self._calls[module] = self._calls.get(module, 0) + 1
             version = a._version
             out.register_hook(lambda g: self._safely(self._returns, path, module, a, version, g))

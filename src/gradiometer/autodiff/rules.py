@@ -1,23 +1,26 @@
 """How a layer turns its input ``a`` and the cotangents ``g`` of its output into per-example gradients.
 
 One function per module type. It prepares what depends on ``a [N, ...]`` alone, and returns the function
-from ``g [K, N, ...]`` to one factor per parameter (see :mod:`.factors`). Source of the Linear and
-norm-layer forms: Gray et al. 2024, arXiv:2411.00999; Goodfellow 2015, arXiv:1510.01799 for the case
-without a sequence axis.
+from ``g [K, N, ...]`` to one factor per parameter (see :mod:`.factors`). :func:`register_rule` adds a type.
+Source of the Linear and norm-layer forms: Gray et al. 2024, arXiv:2411.00999; Goodfellow 2015,
+arXiv:1510.01799 for the case without a sequence axis.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ..errors import InputError
 from .factors import Factor, Outer, Plain, Rows
 
 Gradients = Callable[[Tensor], dict[str, Factor]]
@@ -198,6 +201,129 @@ RULES: dict[type[nn.Module], LayerRule] = {
     nn.BatchNorm3d: frozen_batch_norm,
 }
 """Rules by exact module type; a subclass with a forward of its own is not served by its parent's."""
+
+_unverified: set[type[nn.Module]] = set()
+
+
+def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
+    """Give a layer of your own a rule for its per-example gradients.
+
+    Without one a kernel still reaches the layer's parameters, more slowly, and the noise scale from single
+    examples leaves them out. A call must take one tensor that begins with the examples and return another.
+    At its first use the rule is compared with autograd, on two examples, and refused where it differs; the
+    layer's forward runs once more for that.
+
+    Args:
+        module_type: The layer's class; subclasses are not served.
+        rule: Takes the module and its input ``a [N, ...]``, and returns a function from the cotangents
+            ``g [K, N, ...]`` of K functions of the output to one factor per parameter, by the name it has
+            in the module: :class:`.factors.Outer`, :class:`.factors.Rows` or :class:`.factors.Plain`.
+
+    Raises:
+        InputError: If it is no class of modules, or the class has a rule.
+
+    Example:
+        >>> class Scale(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gain = nn.Parameter(torch.ones(3))
+        ...     def forward(self, x):
+        ...         return self.gain * x
+        >>> def scale(module, a):                                     # a [N, 3]
+        ...     return lambda g: {"gain": Plain(g * a)}               # g [K, N, 3] -> [K, N, 3]
+        >>> register_rule(Scale, scale)
+        >>> from gradiometer import empirical_ntk
+        >>> empirical_ntk(Scale(), torch.tensor([[1.0, 2.0, 0.0]]))   # mean of 1, 4 and 0
+        tensor([[1.6667]], dtype=torch.float64)
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise InputError(
+            "a rule is registered for a class of modules",
+            got=repr(module_type),
+            fix="Write register_rule(MyLayer, rule), without parentheses behind MyLayer.",
+        )
+    if not callable(rule):
+        raise InputError("a rule is a function", got=repr(rule), fix="Write rule(module, a).")
+    if module_type in RULES:
+        raise InputError(
+            f"{module_type.__name__} has a rule",
+            got=getattr(RULES[module_type], "__name__", repr(RULES[module_type])),
+            fix="Register a rule once; for another one derive a class of your own.",
+        )
+    RULES[module_type] = rule
+    _unverified.add(module_type)
+
+
+@torch.enable_grad()
+def verify(path: str, module: nn.Module, a: Tensor) -> None:
+    """Compare a registered rule with autograd, if this is its first use.
+
+    Args:
+        path: Of the module, for the error.
+        module: The module.
+        a: An input of it, with the examples first.
+
+    Raises:
+        InputError: If the rule is wrong, or has not one factor for each trainable parameter.
+    """
+    if type(module) not in _unverified:
+        return
+    shared = {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
+    values = [p.detach().requires_grad_() for p in shared.values()]
+    a = a.detach()[:2]
+    a = a.to(values[0].dtype) if a.is_floating_point() else a
+    twin = copy.copy(module)  # hooks and gradients of the module in use see nothing of this call
+    twin.__dict__["_parameters"] = {**module._parameters, **dict(zip(shared, values, strict=True))}
+    twin.__dict__["_buffers"] = {k: b if b is None else b.clone() for k, b in module._buffers.items()}
+    cards = [p.device for p in values if p.is_cuda]
+    with torch.random.fork_rng(cards), torch.autocast(a.device.type, enabled=False):
+        out = twin.forward(a)
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(2, *out.shape, generator=generator).to(out)
+    described = f"the rule registered for {type(module).__name__}"
+    try:
+        factors = RULES[type(module)](module, a)(g)
+        gradients = {name: factors[name].dense(shared[name].shape) for name in shared if name in factors}
+    except Exception as error:
+        raise InputError(
+            f"{described} fails at module {path!r}",
+            got=f"{type(error).__name__}: {error}",
+            fix=f"Let it take a {list(a.shape)}, and g {list(g.shape)}.",
+        ) from error
+    if not set(shared) <= set(factors) <= set(module._parameters):
+        raise InputError(
+            f"{described} must return one factor for each parameter of the module",
+            got=f"{sorted(factors)} for {sorted(shared)}",
+            fix="Return a dictionary with these names.",
+        )
+    for k in range(2):
+        for n in range(len(a)):
+            row = torch.zeros_like(g[k])
+            row[n] = g[k, n]
+            true = torch.autograd.grad(out, values, row, retain_graph=True, materialize_grads=True)
+            for name, expected in zip(shared, true, strict=True):
+                _compare(described, path, name, gradients[name], (k, n), expected)
+    _unverified.discard(type(module))
+
+
+def _compare(
+    described: str, path: str, name: str, gradient: Tensor, at: tuple[int, int], expected: Tensor
+) -> None:
+    """Refuse a gradient ``[K, N, p]`` that is not autograd's for one function and example."""
+    fix = "Return the gradient of each function k and example n: factor.dense(shape) is [K, N, p]."
+    if gradient.ndim != 3 or gradient.shape[2] != expected.numel():
+        raise InputError(
+            f"{described} gives no gradient of {name!r} at module {path!r}", got=list(gradient.shape), fix=fix
+        )
+    difference = float((gradient[at].double() - expected.reshape(-1).double()).norm())
+    rounding = min(1e3 * torch.finfo(expected.dtype).eps, 0.1)
+    if not difference <= rounding * (float(expected.double().norm()) + 1e-30):
+        raise InputError(
+            f"{described} gives a wrong gradient of {name!r} at module {path!r}",
+            got=f"for function {at[0]} and example {at[1]} a difference of {difference:.2g} from autograd's, "
+            f"whose norm is {float(expected.double().norm()):.2g}",
+            fix=fix,
+        )
 
 
 def exception_to_rule(module: nn.Module, a: Tensor, out: Tensor) -> str | None:
