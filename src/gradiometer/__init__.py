@@ -17,7 +17,6 @@ _WHERE = {
     "Controller": "control",
     "Ema": "stats.estimators",
     "EquilibriumLR": "control",
-    "Estimator": "stats.estimators",
     "FluctuationDissipation": "observables",
     "GradientCosine": "observables",
     "GradientNoiseScale": "observables",
@@ -43,20 +42,23 @@ _WHERE = {
     "TensorBoardRecorder": "record",
     "Window": "stats.estimators",
     "at": "observables",
-    "empirical_ntk": "observables",
+    "empirical_ntk": "autodiff.empirical_ntk",
     "every": "observables",
     "fluctuation_dissipation": "observables",
     "gradient_noise_scale": "observables",
     "jacobian_norms": "observables",
     "kernel_distance": "observables",
+    "layer_ntks": "autodiff.empirical_ntk",
     "log_spaced": "observables",
     "per_example_grad_norms": "observables",
+    "register_rule": "autodiff.rules",
     "suggest_learning_rate": "observables",
 }
 
 _MOVED = {
     "Decision": "record.readings",
     "Estimate": "observables",
+    "Estimator": "stats.estimators",
     "Last": "stats.estimators",
     "Probe": "collect.snapshot",
     "Recorder": "record",
@@ -80,6 +82,9 @@ _MOVED = {
 """Names that stood here up to version 0.1.0; they go with the next one."""
 
 if TYPE_CHECKING:
+    from .autodiff.empirical_ntk import empirical_ntk as empirical_ntk
+    from .autodiff.empirical_ntk import layer_ntks as layer_ntks
+    from .autodiff.rules import register_rule as register_rule
     from .collect.snapshot import Snapshot as Snapshot
     from .control import Controller as Controller
     from .control import EquilibriumLR as EquilibriumLR
@@ -99,7 +104,6 @@ if TYPE_CHECKING:
     from .observables import Schedule as Schedule
     from .observables import SecondFluctuationDissipation as SecondFluctuationDissipation
     from .observables import at as at
-    from .observables import empirical_ntk as empirical_ntk
     from .observables import every as every
     from .observables import fluctuation_dissipation as fluctuation_dissipation
     from .observables import gradient_noise_scale as gradient_noise_scale
@@ -114,7 +118,6 @@ if TYPE_CHECKING:
     from .record.readings import Quantity as Quantity
     from .record.readings import Reading as Reading
     from .stats.estimators import Ema as Ema
-    from .stats.estimators import Estimator as Estimator
     from .stats.estimators import HalfRun as HalfRun
     from .stats.estimators import Mean as Mean
     from .stats.estimators import Window as Window

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gradiometer import empirical_ntk
+from gradiometer import empirical_ntk, layer_ntks
 from gradiometer.errors import InputError, UnsupportedError
 
 from ..zoo import (
@@ -313,7 +313,9 @@ COUPLED = {
 }
 
 
-@pytest.mark.parametrize("arguments", [{}, {"chunk_size": 2}, {"outputs": "full"}, {"layers": True}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"chunk_size": 2}, {"outputs": "full"}, {"sketch_size": 2}], ids=str
+)
 @pytest.mark.parametrize("name", COUPLED)
 def test_coupled_examples(name, arguments):
     make, shape, words = COUPLED[name]
@@ -410,7 +412,7 @@ def test_reentrant_checkpoints_are_left_out_by_name(name, outputs):
 def test_layers_say_what_was_left_out():
     model, twin, x = reentrant("chain")
     with pytest.warns(UserWarning, match=r"body\.0\.weight"):
-        found = empirical_ntk(model, x, layers=True, on_unsupported="skip")
+        found = layer_ntks(model, x, on_unsupported="skip")
     rows = jacobian(twin, x)
     head = kernel({each: row for each, row in rows.items() if each.startswith("head")})
     assert error(found["head"], head) < 1e-10
@@ -474,3 +476,11 @@ def test_an_error_of_the_model_itself_is_not_disguised():
         empirical_ntk(mlp().double(), {"inputs": draws(5, 4)})
     with pytest.raises(ZeroDivisionError):
         empirical_ntk(mlp().double(), draws(5, 4), forward=lambda model, x: model(x) / (1 // 0))
+
+
+def test_layers_as_an_argument_warn_and_still_give_the_layers():
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), torch.ones(3, 2)
+    with pytest.warns(DeprecationWarning, match="write layer_ntks"):
+        layers = empirical_ntk(model, x, layers=True)
+    assert layers.keys() == {"0", "1"}
+    assert torch.equal(layers["0"], layer_ntks(model, x)["0"])

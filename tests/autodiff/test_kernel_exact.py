@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gradiometer import empirical_ntk
+from gradiometer import empirical_ntk, layer_ntks
 from gradiometer.errors import InputError, UnsupportedError
 
 from ..zoo import (
@@ -55,9 +55,10 @@ def reference(name, other=False, dtype=torch.float64):
     return jacobian(build(name, dtype).double(), cast(x, torch.float64), ENTRIES[name].forward)
 
 
-def measure(name, x=None, x2=None, *, dtype=torch.float64, **arguments):
+def measure(name, x=None, x2=None, *, dtype=torch.float64, layers=False, **arguments):
     model, x = build(name, dtype), batch(name, dtype=dtype) if x is None else x
-    return empirical_ntk(model, x, x2, forward=ENTRIES[name].forward, **arguments)
+    kernel = layer_ntks if layers else empirical_ntk
+    return kernel(model, x, x2, forward=ENTRIES[name].forward, **arguments)
 
 
 # -- every model -----------------------------------------------------------------------------------
@@ -466,7 +467,7 @@ def test_the_model_is_as_it_was_and_still_trains(name):
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     before, values = photograph(model), {k: v.clone() for k, v in model.state_dict().items()}
     inputs, random_states = mapped(torch.clone, x), states()
-    empirical_ntk(model, x, outputs="full", layers=True, forward=ENTRIES[name].forward)
+    layer_ntks(model, x, outputs="full", forward=ENTRIES[name].forward)
     assert photograph(model) == before
     after = model.state_dict()
     assert after.keys() == values.keys()
@@ -746,7 +747,7 @@ def test_random_stacks(steps, frozen, tied, count, length, other, chunk_size, ou
     x2 = None if other is None else entry.inputs(other, torch.Generator().manual_seed(1))
     j1 = jacobian(model, x)
     j2 = None if other is None else jacobian(model, x2)
-    found = empirical_ntk(model, x, x2, outputs=outputs, chunk_size=chunk_size, layers=True)
+    found = layer_ntks(model, x, x2, outputs=outputs, chunk_size=chunk_size)
     assert error(sum(found.values()), kernel(j1, j2, outputs)) < 1e-9
     for path, names in owners(model).items():
         mine = [None if j is None else {each: j[each] for each in names} for j in (j1, j2)]

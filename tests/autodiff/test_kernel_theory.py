@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
-from gradiometer import empirical_ntk
+from gradiometer import empirical_ntk, layer_ntks
 from gradiometer.observables import relative_drift
 
 from ..zoo import ENTRIES, Entry, batch, build, build_entry, call, draws, error, jacobian, kernel, normal
@@ -32,16 +32,16 @@ def test_every_output_of_a_linear_model_has_a_kernel_of_its_own():
     assert error(empirical_ntk(model, x, outputs="diagonal"), one[..., None].expand(6, 6, 3)) < 1e-10
     expected = torch.einsum("ab,op->abop", one, torch.eye(3, dtype=torch.float64))
     assert error(empirical_ntk(model, x, outputs="full"), expected) < 1e-10
-    layers = empirical_ntk(nn.Sequential(model), x, layers=True)
+    layers = layer_ntks(nn.Sequential(model), x)
     assert layers.keys() == {"0"}
-    assert empirical_ntk(model, x, layers=True).keys() == {""}
+    assert layer_ntks(model, x).keys() == {""}
 
 
 def test_deep_linear_model():
     """``f = B A x``: the kernel is ``|B|^2`` times the inner product, and the product of the features."""
     first, second = nn.Linear(4, 5, bias=False).double(), nn.Linear(5, 1, bias=False).double()
     x = draws(6, 4)
-    found = empirical_ntk(nn.Sequential(first, second), x, layers=True)
+    found = layer_ntks(nn.Sequential(first, second), x)
     features = (x @ first.weight.mT).detach()
     assert error(found["0"], second.weight.detach().norm() ** 2 * x @ x.mT) < 1e-10
     assert error(found["1"], features @ features.mT) < 1e-10
@@ -292,7 +292,7 @@ def test_each_projection_is_one_direction_of_the_outputs():
         low, *_, high = torch.linalg.eigvalsh(full[i, i])
         assert (each[i, i] > low - 1e-12).all()
         assert (each[i, i] < high + 1e-12).all()
-    layers = empirical_ntk(model, x, num_projections=2, layers=True)
+    layers = layer_ntks(model, x, num_projections=2)
     assert error(sum(layers.values()), each.mean(-1)) < 1e-12
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradiometer import empirical_ntk
+from gradiometer import empirical_ntk, layer_ntks
 
 from ..zoo import COUNT, disturb, draws, error, jacobian, kernel, owners, pick, tokens
 
@@ -78,7 +78,7 @@ def test_kernel(name, attention):
 def test_layers(name, attention):
     model, x, forward = build(name, attention)
     rows = jacobian(model, x, forward)
-    found = empirical_ntk(model, x, forward=forward, layers=True)
+    found = layer_ntks(model, x, forward=forward)
     assert error(sum(found.values()), kernel(rows)) < 1e-10
     total = kernel(rows).norm()
     assert set(found) == set(owners(model))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradiometer import MemoryRecorder, Monitor, NeuralTangentKernel, empirical_ntk, every
+from gradiometer import MemoryRecorder, Monitor, NeuralTangentKernel, empirical_ntk, every, layer_ntks
 from gradiometer.errors import InputError, MeasurementWarning
 from gradiometer.observables import projection_stderr
 
@@ -41,7 +41,7 @@ def test_groups_count_with_their_relative_rates():
     model = network()
     groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.05}]
     found = measured(model, torch.optim.SGD(groups))["kernel"].value
-    layers = empirical_ntk(model.eval(), batch()[0], layers=True)
+    layers = layer_ntks(model.eval(), batch()[0])
     torch.testing.assert_close(torch.as_tensor(found), layers["0"] + 0.5 * layers["2"], rtol=1e-10, atol=0)
 
 

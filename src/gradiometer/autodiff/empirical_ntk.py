@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any, Literal, overload
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,15 @@ from .functional import (
 from .ntk import KernelRequest, tangent_kernel
 from .tape import LayerTape
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = [
     "EXACT_OUTPUTS",
     "MODES",
     "checked_weights",
     "empirical_ntk",
+    "layer_ntks",
     "probed_kernel",
 ]
 
@@ -49,42 +53,18 @@ EXACT_OUTPUTS = 16
 _PROJECTIONS = 8
 
 
-@overload
-def empirical_ntk(
-    model: nn.Module,
-    x: Any,
-    x2: Any = ...,
-    *,
-    outputs: Mode = ...,
-    layers: Literal[False] = ...,
-    weights: Mapping[str, float | Tensor] | None = ...,
-    num_projections: int | None = ...,
-    sketch_size: int | None = ...,
-    generator: torch.Generator | None = ...,
-    forward: Forward | None = ...,
-    chunk_size: int | None = ...,
-    max_memory: int | None = ...,
-    on_unsupported: Literal["raise", "skip"] = ...,
-) -> Tensor: ...
+class KernelOptions(TypedDict, total=False):
+    """How a kernel is taken; :func:`empirical_ntk` says what each means."""
 
-
-@overload
-def empirical_ntk(
-    model: nn.Module,
-    x: Any,
-    x2: Any = ...,
-    *,
-    outputs: Mode = ...,
-    layers: Literal[True],
-    weights: Mapping[str, float | Tensor] | None = ...,
-    num_projections: int | None = ...,
-    sketch_size: int | None = ...,
-    generator: torch.Generator | None = ...,
-    forward: Forward | None = ...,
-    chunk_size: int | None = ...,
-    max_memory: int | None = ...,
-    on_unsupported: Literal["raise", "skip"] = ...,
-) -> dict[str, Tensor]: ...
+    outputs: Mode
+    weights: Mapping[str, float | Tensor] | None
+    num_projections: int | None
+    sketch_size: int | None
+    generator: torch.Generator | None
+    forward: Forward | None
+    chunk_size: int | None
+    max_memory: int | None
+    on_unsupported: Literal["raise", "skip"]
 
 
 def empirical_ntk(
@@ -93,7 +73,7 @@ def empirical_ntk(
     x2: Any = None,
     *,
     outputs: Mode = "trace",
-    layers: bool = False,
+    layers: Literal[False] = False,
     weights: Mapping[str, float | Tensor] | None = None,
     num_projections: int | None = None,
     sketch_size: int | None = None,
@@ -102,7 +82,7 @@ def empirical_ntk(
     chunk_size: int | None = None,
     max_memory: int | None = None,
     on_unsupported: Literal["raise", "skip"] = "raise",
-) -> Tensor | dict[str, Tensor]:
+) -> Tensor:
     r"""Empirical neural tangent kernel of the trainable parameters, in evaluation mode.
 
     .. math:: \Theta_{ao,bo'} = \sum_p w_p\,\frac{\partial f_o(x_a)}{\partial\theta_p}
@@ -121,8 +101,7 @@ def empirical_ntk(
         x2: Second set of inputs; ``x`` itself when ``None``.
         outputs: ``"trace"`` averages over the outputs, ``"diagonal"`` keeps each output's own kernel,
             ``"full"`` keeps every pair.
-        layers: Return one kernel per module that owns parameters, by the module's path (``""`` for the
-            model itself). They add up to the total. A tied parameter belongs to its first owner.
+        layers: Deprecated; call :func:`layer_ntks`.
         weights: What each parameter's squared derivative counts, by name: a number or a tensor of the
             parameter's shape; 1 for names that are missing. With learning rates relative to one of them,
             for Adam times ``1/(sqrt(v) + eps)``, this is the kernel that moves the outputs.
@@ -130,8 +109,7 @@ def empirical_ntk(
             estimate of the trace kernel. With ``outputs="diagonal"`` one such estimate per projection,
             whose scatter gives its error (see :func:`projection_stderr`). Exact when ``None``.
         sketch_size: Multiply the gradients with this many random Gaussian features: an unbiased estimate
-            with variance ``(Theta_aa Theta_bb + Theta_ab^2) / sketch_size``. With ``layers=True`` each
-            layer has features of its own. Exact when ``None``.
+            with variance ``(Theta_aa Theta_bb + Theta_ab^2) / sketch_size``. Exact when ``None``.
         generator: CPU generator of projections and features; a fixed seed when ``None``, so that kernels
             of one network at two times can be compared.
         forward: Maps ``(model, x)`` to outputs ``[N, O]``; ``model(x)`` when ``None``.
@@ -141,7 +119,7 @@ def empirical_ntk(
             reached when some cannot.
 
     Returns:
-        The kernel in float64 (float32 on devices without it), or a dictionary of them.
+        The kernel in float64 (float32 on devices without it).
 
     Shapes:
         x ``[N, ...]``, x2 ``[M, ...]`` -> trace ``[N, M]``, diagonal ``[N, M, O]``, full ``[N, M, O, O]``.
@@ -165,23 +143,8 @@ def empirical_ntk(
         tensor([[1., 1.],
                 [1., 5.]], dtype=torch.float64)
     """
-    switched = {
-        type(module).__name__
-        for module in model.modules()
-        if module.training and isinstance(module, (_BatchNorm, _DropoutNd)) and getattr(module, "p", 1) > 0
-    }
-    if switched:
-        warnings.warn(
-            f"the model is in train mode, and its {', '.join(sorted(switched))} behave otherwise there: the "
-            "kernel is that of evaluation mode. Call model.eval() before to say that this is meant.",
-            stacklevel=2,
-        )
-    kernels, _ = probed_kernel(
-        model,
-        x,
-        x2,
+    options = KernelOptions(
         outputs=outputs,
-        layers=layers,
         weights=weights,
         num_projections=num_projections,
         sketch_size=sketch_size,
@@ -191,7 +154,66 @@ def empirical_ntk(
         max_memory=max_memory,
         on_unsupported=on_unsupported,
     )
-    return kernels if layers else kernels[""]
+    if layers:
+        warnings.warn(  # type: ignore[unreachable]
+            "empirical_ntk(layers=True) is deprecated: write layer_ntks", DeprecationWarning, stacklevel=2
+        )
+        return layer_ntks(model, x, x2, **options)
+    _warn_of_train_mode(model)
+    return probed_kernel(model, x, x2, **options)[0][""]
+
+
+def layer_ntks(
+    model: nn.Module, x: Any, x2: Any = None, **options: Unpack[KernelOptions]
+) -> dict[str, Tensor]:
+    """The share of each layer in the empirical neural tangent kernel.
+
+    Args:
+        model: As :func:`empirical_ntk` takes it.
+        x: Inputs.
+        x2: Second set of inputs; ``x`` itself when ``None``.
+        **options: Those of :func:`empirical_ntk`. With ``sketch_size`` each layer has features of its own.
+
+    Returns:
+        One kernel per module that owns parameters, by the module's path (``""`` for the model itself). They
+        add up to the total. A tied parameter belongs to its first owner.
+
+    Shapes:
+        Each as that of :func:`empirical_ntk`.
+
+    Units:
+        outputs^2 / parameters^2.
+
+    Raises:
+        InputError: As :func:`empirical_ntk`.
+        UnsupportedError: As :func:`empirical_ntk`.
+
+    Source:
+        Jacot et al. 2018, arXiv:1806.07572: the kernel is a sum over parameters.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1)).double()
+        >>> x = torch.ones(3, 2, dtype=torch.float64)
+        >>> layers = layer_ntks(net, x)
+        >>> sorted(layers), torch.allclose(sum(layers.values()), empirical_ntk(net, x))
+        (['0', '1'], True)
+    """
+    _warn_of_train_mode(model)
+    return probed_kernel(model, x, x2, layers=True, **options)[0]
+
+
+def _warn_of_train_mode(model: nn.Module) -> None:
+    switched = {
+        type(module).__name__
+        for module in model.modules()
+        if module.training and isinstance(module, (_BatchNorm, _DropoutNd)) and getattr(module, "p", 1) > 0
+    }
+    if switched:
+        warnings.warn(
+            f"the model is in train mode, and its {', '.join(sorted(switched))} behave otherwise there: the "
+            "kernel is that of evaluation mode. Call model.eval() before to say that this is meant.",
+            stacklevel=3,
+        )
 
 
 def probed_kernel(
@@ -199,7 +221,7 @@ def probed_kernel(
     x: Any,
     x2: Any = None,
     *,
-    outputs: Mode,
+    outputs: Mode = "trace",
     layers: bool = False,
     weights: Mapping[str, float | Tensor] | None = None,
     num_projections: int | None = None,
@@ -218,11 +240,39 @@ def probed_kernel(
         check_inputs(model, x2)
         _check_alike(x, x2)
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
+    with measuring(model):
+        first = Batch.of(outside_inference(x))
+        second = None if x2 is None else Batch.of(outside_inference(x2))
+        tape = LayerTape(model, _outputs_of_one_width(model, forward or call), first)
+        width = tape.shape[1]
+        if project_above is not None and num_projections is None and width > project_above:
+            num_projections = _PROJECTIONS
+        if project_above is not None and num_projections is not None and num_projections > 1:
+            outputs = "diagonal"
+        request = KernelRequest(
+            mode=outputs,
+            rows=_rows(tape, num_projections, generator),
+            names=_reached(tape, on_unsupported),
+            layers=layers,
+            weights=checked_weights(weights, tape.parameters),
+            sketch_size=sketch_size,
+            generator=generator,
+            chunk_size=chunk_size,
+            max_memory=max_memory,
+        )
+        kernels = tangent_kernel(tape, first, second, request)
+    if outputs == "trace":
+        scale = 1.0 if num_projections is None else width / num_projections
+        kernels = {path: kernel * (scale / width) for path, kernel in kernels.items()}
+    return kernels, width
 
+
+def _outputs_of_one_width(model: nn.Module, forward: Forward) -> Callable[[Any], Tensor]:
+    """The forward as a function of the inputs, refused where its outputs are not ``[N, O]`` with one O."""
     widths: set[int] = set()
 
     def function(batch: Any) -> Tensor:
-        out = (forward or call)(model, batch)
+        out = forward(model, batch)
         check_outputs(out, examples(batch))
         widths.add(out.shape[1])
         if len(widths) > 1:
@@ -233,37 +283,15 @@ def probed_kernel(
             )
         return out
 
-    with measuring(model):
-        first = Batch.of(outside_inference(x))
-        second = None if x2 is None else Batch.of(outside_inference(x2))
-        tape = LayerTape(model, function, first)
-        names = _reached(tape, on_unsupported)
-        width = tape.shape[1]
-        scale = 1.0
-        if project_above is not None and num_projections is None and width > project_above:
-            num_projections = _PROJECTIONS
-        if project_above is not None and num_projections is not None and num_projections > 1:
-            outputs = "diagonal"
-        rows = torch.eye(width, dtype=tape.dtype, device=tape.device)
-        if num_projections is not None:
-            drawn = random_orthonormal_rows(num_projections, width, generator=generator)[0]
-            rows = drawn.to(rows)
-            scale = width / num_projections
-        request = KernelRequest(
-            mode=outputs,
-            rows=rows,
-            names=names,
-            layers=layers,
-            weights=checked_weights(weights, tape.parameters),
-            sketch_size=sketch_size,
-            generator=generator,
-            chunk_size=chunk_size,
-            max_memory=max_memory,
-        )
-        kernels = tangent_kernel(tape, first, second, request)
-    if outputs == "trace":
-        kernels = {path: kernel * (scale / width) for path, kernel in kernels.items()}
-    return kernels, width
+    return function
+
+
+def _rows(tape: LayerTape, num_projections: int | None, generator: torch.Generator) -> Tensor:
+    """The combinations of outputs that are differentiated, ``[K, O]``: each output, or random ones."""
+    rows = torch.eye(tape.shape[1], dtype=tape.dtype, device=tape.device)
+    if num_projections is None:
+        return rows
+    return random_orthonormal_rows(num_projections, tape.shape[1], generator=generator)[0].to(rows)
 
 
 def _check_request(

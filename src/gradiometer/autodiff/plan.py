@@ -8,6 +8,7 @@ in which it meets the examples, where they do not; and one example at a time whe
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,66 +62,119 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Structure:
+    """What must be the same for a plan to hold: what one example runs through, and where parameters enter.
+
+    Args:
+        parameters: Name and shape of each that is followed.
+        calls: Of each layer call: path, input and output shape, and why its rule does not hold.
+        kinds: How many nodes of each kind the graph has.
+        edges: How many edges of the graph end in each parameter.
+    """
+
+    parameters: Mapping[str, torch.Size]
+    calls: tuple[tuple[str, torch.Size, torch.Size, str | None], ...]
+    kinds: Mapping[str, int]
+    edges: Mapping[str, int]
+
+    @classmethod
+    def of(cls, network: Network, one: ForwardPass) -> Structure:
+        """Read it from a pass over one example.
+
+        Args:
+            network: The network.
+            one: The pass.
+        """
+        nodes = _reachable(one.output)
+        return cls(
+            parameters={name: p.shape for name, p in network.parameters.items()},
+            calls=tuple((call.path, call.a.shape, call.shape, call.reason) for call in one.calls),
+            kinds=Counter(
+                node.name().rstrip("0123456789") for node in nodes
+            ),  # of AddBackward0, AddBackward1
+            edges=_edges_into_parameters(nodes, network.names),
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
     """How each parameter is reached.
 
     Args:
+        structure: Of the pass over one example.
         axes: Of each layer call, which axis holds the examples; ``None`` where no rule serves the call.
         uses: Operations in which parameters meet the examples, by their number in the pass.
         apart: Parameters that are differentiated one example at a time.
         unsupported: Parameters that no method reaches, and why.
         doubtful: Parameters whose gradients are to be compared with autograd's before they are used.
         trusted: Whether every derivative of the graph has a batching rule that is known to be right.
-        alone: The outputs of the first example by itself.
         sizes: What one example costs.
     """
 
+    structure: Structure
     axes: tuple[Axis | None, ...]
     uses: Mapping[int, Use]
     apart: tuple[str, ...]
     unsupported: Mapping[str, str]
     doubtful: tuple[str, ...]
     trusted: bool
-    alone: Tensor
     sizes: Sizes
 
 
-def learn(network: Network, first: Batch, both: Batch) -> tuple[Plan, ForwardPass, ForwardPass]:
-    """Find out how each parameter is reached.
+def look(network: Network, first: Batch) -> ForwardPass:
+    """Run one example through a network whose parameters can be followed.
 
     Args:
         network: The network.
         first: One example.
-        both: The same example and another.
-
-    Returns:
-        The plan, and the two passes it was learned from.
 
     Raises:
-        InputError: A complex parameter, outputs that no parameter reaches, or a registered rule that is
-            wrong.
-        UnsupportedError: If the outputs of one example depend on the others of the batch.
+        InputError: A complex parameter, or outputs that no parameter reaches.
+        UnsupportedError: Batch norm without running statistics, or an embedding that rescales itself.
     """
     check_parameters(network)
-    one, two = network.watch(first, weigh=True), network.watch(both)
+    one = network.watch(first, weigh=True)
     if not one.output.requires_grad:
         raise InputError(
             "no trainable parameter reaches the outputs",
             fix="Call model.requires_grad_(True) on the part that is trained; see that the forward "
             "does not detach or run under no_grad.",
         )
+    return one
+
+
+def learn(
+    network: Network, first: Batch, both: Batch, one: ForwardPass
+) -> tuple[Plan, ForwardPass, ForwardPass]:
+    """Find out how each parameter is reached.
+
+    Args:
+        network: The network.
+        first: One example.
+        both: The same example and another.
+        one: What :func:`look` saw of the first.
+
+    Returns:
+        The plan, and the passes over one and over two examples that it was learned from.
+
+    Raises:
+        InputError: If a registered rule is wrong.
+        UnsupportedError: If the outputs of one example depend on the others of the batch.
+    """
+    two = network.watch(both)
+    structure = Structure.of(network, one)
     check_independence(one.output.detach(), two.output, lambda: _culprit(one, two))
     if [call.path for call in one.calls] != [call.path for call in two.calls]:
         apart = tuple(network.parameters)  # another course for each example: nothing to be matched
         sizes = _weigh(network, one, (), {}, apart)
-        return Plan((), {}, apart, {}, (), False, one.output.detach(), sizes), one, two
+        return Plan(structure, (), {}, apart, {}, (), False, sizes), one, two
     axes = tuple(_axis_of_call(a, b) for a, b in zip(one.calls, two.calls, strict=True))
     for call, axis in zip(two.calls, axes, strict=True):
         if axis is not None:
             verify(call.path, call.module, call.a.movedim(axis.axis, 0))
     nodes = _reachable(one.output)
     unsupported = _behind_checkpoints(network, one, nodes)
-    odd, rest = _unserved(network, one, axes, nodes)
+    odd, rest = _unserved(network, one, axes, nodes, structure.edges)
     rest -= set(unsupported)
     uses: Mapping[int, Use] = {}
     apart = ()
@@ -132,23 +186,27 @@ def learn(network: Network, first: Batch, both: Batch) -> tuple[Plan, ForwardPas
             uses = _meetings(network, one, two, axes, rest)
         except UnmatchedError:
             apart = tuple(sorted(rest))
-    kinds = {node.name().rstrip("0123456789") for node in nodes}  # of AddBackward0, AddBackward1, ...
+    kinds = set(structure.kinds)
     doubtful = _doubtful(network, one, odd | rest, kinds) - {*apart, *unsupported}
     plan = Plan(
+        structure=structure,
         axes=axes,
         uses=uses,
         apart=apart,
         unsupported=unsupported,
         doubtful=tuple(sorted(doubtful)),
         trusted=kinds <= _KEEPS_EXAMPLES | _MOVES,
-        alone=one.output.detach(),
         sizes=_weigh(network, one, axes, uses, apart),
     )
     return plan, one, two
 
 
 def _unserved(
-    network: Network, one: ForwardPass, axes: tuple[Axis | None, ...], nodes: set[Node]
+    network: Network,
+    one: ForwardPass,
+    axes: tuple[Axis | None, ...],
+    nodes: set[Node],
+    edges: Mapping[str, int],
 ) -> tuple[set[str], set[str]]:
     """Parameters of calls in an odd layout, and those of which the calls do not account for every edge."""
     served = dict.fromkeys(network.parameters, 0)
@@ -160,8 +218,7 @@ def _unserved(
                 served[name] += 1
                 if axis != Axis(0, 1):
                     odd.add(name)
-    uses = _uses_of_parameters(nodes, network.names)
-    return odd, {name for name in served if uses.get(name, 0) != served[name]}
+    return odd, {name for name in served if edges.get(name, 0) != served[name]}
 
 
 def _meetings(
@@ -256,15 +313,15 @@ def _variable(node: Node) -> Any:
     return getattr(node, "variable", None)
 
 
-def _uses_of_parameters(nodes: set[Node], names: dict[int, str]) -> dict[str, int]:
+def _edges_into_parameters(nodes: set[Node], names: dict[int, str]) -> dict[str, int]:
     """How many edges of the graph end in each parameter."""
-    uses: dict[str, int] = {}
+    edges: dict[str, int] = {}
     for node in nodes:
         for other, _ in node.next_functions:
             name = None if other is None else names.get(id(_variable(other)))
             if name is not None:
-                uses[name] = uses.get(name, 0) + 1
-    return uses
+                edges[name] = edges.get(name, 0) + 1
+    return edges
 
 
 def _axis_of_call(first: Call, second: Call) -> Axis | None:

@@ -282,8 +282,9 @@ def verify(path: str, module: nn.Module, a: Tensor) -> None:
     g = torch.randn(2, *out.shape, generator=generator).to(out)
     described = f"the rule registered for {type(module).__name__}"
     try:
-        factors = RULES[type(module)](module, a)(g)
-        gradients = {name: factors[name].dense(shared[name].shape) for name in shared if name in factors}
+        with torch.no_grad():
+            factors = RULES[type(module)](module, a)(g)
+            gradients = {name: factors[name].dense(p.shape) for name, p in shared.items() if name in factors}
     except Exception as error:
         raise InputError(
             f"{described} fails at module {path!r}",

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from .factors import BLOCK, Factor, Plain, Side, Weight, add
 from .forward_pass import Call, ForwardPass, Function, Network
 from .functional import Batch
 from .operations import Axis, equal, pull
-from .plan import check_independence, coupled, learn
+from .plan import Plan, Structure, check_independence, coupled, learn, look
 from .rules import RULES, Gradients
 
 _FUSED = [
@@ -45,6 +46,10 @@ _ONE_BY_ONE_ELSEWHERE = 2**25
 
 Cotangents = Mapping[GradientEdge, Tensor | None]
 """By the edge where they arrive, ``[K, ...]``; ``None`` where no function depends on it."""
+
+
+_PLANS: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
+"""The last plan of each model; it is used again where one example shows the same structure."""
 
 
 class LayerTape:
@@ -78,11 +83,20 @@ class LayerTape:
         both = x.part(0, 2)
         if x.count == 1:
             both = Batch(x.map(lambda t: torch.cat([t, t])), 2)
-        self.plan, one, two = learn(self.network, both.part(0, 1), both)
+        first = both.part(0, 1)
+        one = look(self.network, first)
+        self._alone = one.output.detach()
         self.shape, self.dtype, self.device = one.output.shape, one.output.dtype, one.output.device
-        if self.plan.doubtful:
-            wrong = self._disagreeing(both, one, two)
-            self.plan = replace(self.plan, apart=tuple(sorted({*self.plan.apart, *wrong})))
+        plan = _PLANS.get(model)
+        if plan is not None and plan.structure == Structure.of(self.network, one):
+            self.plan = plan
+        else:
+            self.plan, one, two = learn(self.network, first, both, one)
+            if self.plan.doubtful:
+                wrong = self._disagreeing(both, one, two)
+                self.plan = replace(self.plan, apart=tuple(sorted({*self.plan.apart, *wrong})))
+            if not self.plan.uses:  # an operation holds tensors of the pass it was learned from
+                _PLANS[model] = self.plan
         self.parameters = self.network.parameters
         self.unsupported = self.plan.unsupported
         """Parameters that no method reaches, and why."""
@@ -204,7 +218,7 @@ class LayerTape:
             )
         recording = Recording(self, batch, seen)
         if first:
-            check_independence(self.plan.alone, seen.output)
+            check_independence(self._alone, seen.output)
         return recording
 
 

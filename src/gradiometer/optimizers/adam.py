@@ -104,7 +104,7 @@ class Preconditioner:
         optimizer: ``Adam`` or ``AdamW``.
 
     Example:
-        >>> net = nn.Linear(1, 1, bias=False)
+        >>> net = torch.nn.Linear(1, 1, bias=False)
         >>> adam = torch.optim.Adam(net.parameters(), eps=0.0)
         >>> Preconditioner(adam).of(net.weight) is None       # no step yet
         True

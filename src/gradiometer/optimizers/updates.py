@@ -37,8 +37,8 @@ def rebuilds(optimizer: Optimizer) -> bool:
         that maximizes, weights in half precision, complex or of a class of their own, sparse gradients.
 
     Example:
-        >>> weights = [nn.Parameter(torch.ones(2))]
-        >>> rebuilds(AdamW(weights)), rebuilds(torch.optim.Rprop(weights))
+        >>> weights = [torch.nn.Parameter(torch.ones(2))]
+        >>> rebuilds(torch.optim.AdamW(weights)), rebuilds(torch.optim.Rprop(weights))
         (True, False)
     """
     family = family_of(optimizer)
@@ -55,7 +55,7 @@ def step_was_made(optimizer: Optimizer) -> bool:
         optimizer: Any optimizer.
 
     Example:
-        >>> step_was_made(SGD([nn.Parameter(torch.ones(2))], lr=0.1))
+        >>> step_was_made(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
         True
     """
     found_inf = getattr(optimizer, "found_inf", None)
@@ -77,8 +77,8 @@ def displacements(optimizer: Optimizer, group: Mapping[str, Any]) -> list[Tensor
         SampleSkippedError: If the last step was not made.
 
     Example:
-        >>> weight = nn.Parameter(torch.tensor([1.0, 2.0]))
-        >>> optimizer = SGD([weight], lr=0.5)
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
         >>> weight.square().sum().backward()
         >>> optimizer.step()
         >>> displacements(optimizer, optimizer.param_groups[0])
@@ -125,8 +125,8 @@ def squared_displacements(
         SampleSkippedError: If the last step was not made.
 
     Example:
-        >>> weights = [nn.Parameter(torch.tensor([3.0, 4.0])), nn.Parameter(torch.ones(3))]
-        >>> optimizer = SGD(weights, lr=0.5)
+        >>> weights = [torch.nn.Parameter(torch.tensor([3.0, 4.0])), torch.nn.Parameter(torch.ones(3))]
+        >>> optimizer = torch.optim.SGD(weights, lr=0.5)
         >>> weights[0].square().sum().backward()
         >>> optimizer.step()
         >>> squared_displacements(optimizer, optimizer.param_groups[0])
@@ -181,7 +181,7 @@ def group_settings(optimizer: torch.optim.Optimizer) -> tuple[GroupSettings, ...
         optimizer: Any optimizer.
 
     Example:
-        >>> net = torch.nn.Linear(2, 1)
+        >>> net = torch.torch.nn.Linear(2, 1)
         >>> group_settings(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))[0].momentum
         0.9
     """
