@@ -1,4 +1,10 @@
-"""Warnings are errors here, and where the engine logs instead of warning, the log is an error too."""
+"""Warnings are errors here, and where the engine logs instead of warning, the log is an error too.
+
+A test with three parameters or more is a product of cases: the quick tier runs those that cover every pair of
+values, the others are slow.
+"""
+
+from itertools import combinations
 
 import pytest
 
@@ -8,3 +14,16 @@ def nothing_is_only_logged(caplog):
     yield
     logged = [record.getMessage() for record in caplog.get_records("call") if "gradiometer" in record.name]
     assert not logged, logged
+
+
+def pytest_collection_modifyitems(items):
+    seen = {}
+    for item in items:
+        case = getattr(item, "callspec", None)
+        if case is None or len(case.indices) < 3:
+            continue
+        pairs = set(combinations(sorted(case.indices.items()), 2))
+        covered = seen.setdefault(item.nodeid.partition("[")[0], set())
+        if pairs <= covered:
+            item.add_marker(pytest.mark.slow)
+        covered |= pairs

@@ -25,6 +25,7 @@ def ntk(monkeypatch):
     return ntk
 
 
+@pytest.mark.slow
 def test_overhead_runs_quickly_and_prints_its_table():
     command = [sys.executable, "benchmarks/overhead.py", "--quick", "--models", "convnet"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -41,6 +42,7 @@ def test_the_page_shows_the_saved_run(name, monkeypatch):
     assert saved["environment"]["torch"].startswith("2.13.0")
 
 
+@pytest.mark.slow
 def test_the_regulariser_runs_quickly_and_prints_its_table():
     command = [sys.executable, "benchmarks/jacobian_regularizer.py", "--quick"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -49,6 +51,7 @@ def test_the_regulariser_runs_quickly_and_prints_its_table():
         assert row in run.stdout
 
 
+@pytest.mark.slow
 def test_schedules_run_quickly_and_those_that_do_nothing_end_where_the_constant_rate_does():
     command = [sys.executable, "benchmarks/schedules.py", "--quick"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -61,6 +64,7 @@ def test_schedules_run_quickly_and_those_that_do_nothing_end_where_the_constant_
         assert len(found) == 2  # one for each model
 
 
+@pytest.mark.slow
 def test_ntk_runs_quickly_and_prints_its_tables():
     command = [sys.executable, "benchmarks/ntk.py", "--quick"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # not slowed by whatever else runs
@@ -70,6 +74,7 @@ def test_ntk_runs_quickly_and_prints_its_tables():
         assert row in run.stdout
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_one_call(ntk):
     small, large = (ntk.peak_apart(f"mlp-N{n}-O4-W256-D2-full", "reference") for n in (4, 32))
     jacobian = 32 * 4 * (784 * 256 + 256 * 256) * 4 / 2**20
@@ -82,6 +87,7 @@ def tiny_transformer():
     return nn.Sequential(*layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"), [("mlp512-full", 16), ("conv-full", 13), ("conv-trace", 3), ("transformer-trace", 4)]
 )

@@ -2,22 +2,16 @@
 
 import ast
 import importlib
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from .quick import house, affected
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "gradiometer"
-
-
-def house():
-    """The lines of the list in the design document, names only."""
-    text = (ROOT / "docs" / "design.md").read_text().partition("## The house")[2]
-    lines = text.split("```")[1].strip().splitlines()
-    return [re.findall(r"(\w+)(?:/|\.py)(?= |$)", line.split("     ")[0]) for line in lines]
 
 
 ROWS = house()
@@ -83,9 +77,34 @@ def test_the_table_can_be_violated():
     assert allowed("engine", "collect")
 
 
+def test_the_quick_tests_are_those_of_a_folder_and_of_all_above_it():
+    everything = set(affected(["src/gradiometer/errors.py"]))
+    assert {"tests/record", "tests/stats", "tests/callbacks", "tests/test_contract.py"} <= everything
+    control = set(affected(["src/gradiometer/control/panel.py"]))
+    assert "tests/engine" in control
+    assert "tests/observables" not in control
+    assert affected(["tests/stats/test_linalg.py"]) == ["tests/stats", "tests/test_layers.py"]
+    assert affected(["tests/zoo.py"]) == ["tests"]
+    assert affected(["README.md"]) == ["tests/test_docs.py", "tests/test_layers.py"]
+
+
 def test_the_top_level_is_calm():
     entries = [path for path in SOURCE.iterdir() if path.name != "__pycache__"]
     assert len(entries) <= 17, sorted(path.name for path in entries)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_file_a_class_and_a_function_can_be_read_in_one_go(module):
+    text = FILES[module].read_text()
+    assert len(text.splitlines()) <= 600
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef):
+            assert node.end_lineno - node.lineno < 400, node.name
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            if body:
+                lines = body[-1].end_lineno - body[0].lineno + 1
+                assert lines <= 45, f"{node.name} has {lines} lines"
 
 
 @pytest.mark.parametrize("module", FILES)

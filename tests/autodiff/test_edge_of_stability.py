@@ -31,6 +31,7 @@ def sharpness(model, x, y, start):
     return values[0], vectors[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr", [0.3, 0.4])
 def test_sharpness_hovers_at_two_over_the_learning_rate(lr):
     """Cohen et al. 2021, arXiv:2103.00065."""

@@ -361,6 +361,7 @@ def series(memory, name):
     return np.array(list(values)), np.array(list(values.values()))
 
 
+@pytest.mark.slow
 def test_the_norm_of_a_scale_invariant_weight_comes_to_its_equilibrium():
     # relaxation time 1 / (4 lr decay) = 250 steps; |g|^2 fluctuates from step to step by a fifth
     memory, squares = sphere(8.0, steps=6001, schedule=100, window=3000)

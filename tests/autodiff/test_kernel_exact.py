@@ -277,6 +277,7 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", ["trace", "full"])
 @pytest.mark.parametrize(
     "entry",
@@ -727,6 +728,7 @@ class Stack(nn.Module):
         return out + self.other(x[:, :, 0]).tanh() if hasattr(self, "other") else out
 
 
+@pytest.mark.slow
 @settings(
     max_examples=40, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )

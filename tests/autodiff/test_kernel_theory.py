@@ -207,6 +207,7 @@ def test_infinite_width_recursion(name):
     assert own == pytest.approx(same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WIDE)
 def test_wide_networks_approach_the_limit(name):
     """Mean over 16 initialisations, NTK parametrisation, all weights trainable."""

@@ -143,6 +143,7 @@ def eager(**more):
     return EquilibriumLR(policy="yaida", tolerance=5.0, factor=0.5, check_every=100, **more)
 
 
+@pytest.mark.slow
 def test_the_rate_is_lowered_under_a_schedule_and_shown_as_both_wrote_it(tmp_path):
     def warm(sgd):
         return torch.optim.lr_scheduler.LinearLR(sgd, 0.5, total_iters=20)
@@ -165,6 +166,7 @@ def test_the_rate_is_lowered_under_a_schedule_and_shown_as_both_wrote_it(tmp_pat
     assert "dynamics/control/EquilibriumLR/changes/text_summary" in events.Tags()["tensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 @pytest.mark.filterwarnings("ignore:.*resuming .* batches into an epoch")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")

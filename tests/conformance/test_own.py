@@ -10,6 +10,7 @@ from gradiometer.conformance.own import own_suites, relation, single_examples
 PAIRS = [(name, case) for name, (_, cases) in own_suites().items() for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "case"), PAIRS, ids=[f"{name}: {case.name}" for name, case in PAIRS])
 def test_own_estimators_pass(name, case):
     adapter, _ = own_suites()[name]

@@ -42,6 +42,7 @@ def statuses(adapter, *judges, **settings):
 # -- the truths ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_reference_passes_everything():
     report = check(reference, [*CASES.values()])
     assert report.passed, report.table()

@@ -294,6 +294,7 @@ class Loop:
                     return self
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["accumulation", "sampler", "workers"])
 def test_the_true_batch_grows_and_is_reported(way):
     grows = None if way == "accumulation" else sampler(8, 4096)
@@ -312,6 +313,7 @@ def test_the_true_batch_grows_and_is_reported(way):
     assert "the batch would be above its limit of 64" in refusals
 
 
+@pytest.mark.slow
 def test_the_noise_scale_itself_does_not_depend_on_the_batch():
     grown, fixed = (
         Loop(eager(sampler=sampler(8, 4096))).run(300),

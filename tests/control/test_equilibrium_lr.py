@@ -348,6 +348,7 @@ class Training:
         return loss, float((self.net(X_TEST).argmax(1) == Y_TEST).float().mean())
 
 
+@pytest.mark.slow
 def test_yaidas_rule_drops_once_settled_and_ends_lower():
     """arXiv:1810.00004: at a constant rate the loss stays at the level of its own noise."""
     gains, accuracies = [], []
@@ -363,6 +364,7 @@ def test_yaidas_rule_drops_once_settled_and_ends_lower():
     assert sum(accuracies) / 4 >= 0
 
 
+@pytest.mark.slow
 def test_the_robust_rule_does_not_fire_where_the_ratio_only_passes_through_1():
     """From PyTorch's own initialisation the norm of the weights rises, turns and falls again."""
 
@@ -378,6 +380,7 @@ def test_the_robust_rule_does_not_fire_where_the_ratio_only_passes_through_1():
     assert ratios[40] < 1 < max(ratios[80:])
 
 
+@pytest.mark.slow
 def test_the_robust_rule_fires_in_the_end():
     robust = Training(perceptron(1), [EquilibriumLR()], seed=1).run(45 * EPOCH)
     (drop,) = robust.drops
@@ -392,6 +395,7 @@ def test_the_robust_rule_fires_in_the_end():
     assert "EquilibriumLR: " in robust.monitor.table()
 
 
+@pytest.mark.slow
 def test_without_weight_decay_growing_norms_are_not_taken_for_a_stationary_state():
     with pytest.warns(MeasurementWarning, match="weight_decay is 0") as caught:
         free = Training(perceptron(0), [EquilibriumLR()], decay=0.0).run(40 * EPOCH)
@@ -401,6 +405,7 @@ def test_without_weight_decay_growing_norms_are_not_taken_for_a_stationary_state
     assert norms[-1] > norms[len(norms) // 2]
 
 
+@pytest.mark.slow
 def test_a_dry_run_changes_no_bit():
     eager = partial(EquilibriumLR, policy="yaida", tolerance=0.5, check_every=50)
     plain = Training(perceptron(0)).run(2500)
@@ -415,6 +420,7 @@ def test_a_dry_run_changes_no_bit():
         assert not torch.equal(changed, theirs)
 
 
+@pytest.mark.slow
 def test_a_cosine_is_left_alone_with_one_warning():
     cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4000)
     with pytest.warns(MeasurementWarning, match="keeps changing the learning rate") as caught:
@@ -441,6 +447,7 @@ def test_warm_up_and_then_a_constant_rate_works_as_before():
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(RATE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [700, 1650, 2501])
 def test_stopped_and_resumed_it_decides_the_same_at_the_same_steps(at):
     eager = partial(EquilibriumLR, policy="yaida", tolerance=0.5, check_every=50, factor=0.5)

@@ -139,6 +139,7 @@ def variance_of_one(a):
     return 2 * OUTPUTS / (OUTPUTS + 2) * ((a @ a).trace() - a.trace().square() / OUTPUTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k", "examples"), [(1, 1), (1, 8), (2, 1), (4, 3)])
 def test_mean_and_variance_over_projections(k, examples):
     """Unbiased; with directions of its own, each example brings the variance down as if alone."""
@@ -379,6 +380,7 @@ def ranks(tmp_path_factory):
     return [json.loads(text) for text in said]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_with_half_the_batch_each_have_the_gradient_of_one(kind, ranks):
     whole = gradients(kind, draws(8, 4))
@@ -421,6 +423,7 @@ def train_digits(strength, seed):
     return torch.stack([jacobian_norms(model, x[test]).mean(), *accuracy])
 
 
+@pytest.mark.slow
 def test_digits_are_read_under_noise():
     """Four to five times smaller Jacobian at the same accuracy, and better under noise."""
     plain, regular = (

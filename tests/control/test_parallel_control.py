@@ -33,6 +33,7 @@ def run(kind, folder):
     return first, second
 
 
+@pytest.mark.slow
 def test_ranks_that_read_differently_decide_the_same_at_the_same_step(tmp_path):
     first, second = run("differ", tmp_path)
     assert first["decisions"] == second["decisions"]
@@ -44,6 +45,7 @@ def test_ranks_that_read_differently_decide_the_same_at_the_same_step(tmp_path):
     assert first["said"] == second["said"] == []
 
 
+@pytest.mark.slow
 def test_equilibrium_on_two_processes(tmp_path):
     first, second = run("equilibrium", tmp_path)
     assert first["decisions"] == second["decisions"]
@@ -53,6 +55,7 @@ def test_equilibrium_on_two_processes(tmp_path):
     assert first["said"] == second["said"] == []
 
 
+@pytest.mark.slow
 def test_batches_grow_together_and_count_all_processes(tmp_path):
     first, second = run("grow", tmp_path)
     assert first["decisions"] == second["decisions"]
@@ -63,6 +66,7 @@ def test_batches_grow_together_and_count_all_processes(tmp_path):
     assert all(size == 2 * first["sizes"][step] for step, size in first["in_force"])
 
 
+@pytest.mark.slow
 def test_a_controller_on_one_rank_alone_does_not_act(tmp_path):
     first, second = run("idle", tmp_path)
     assert first["decisions"] == second["decisions"] == []
@@ -70,6 +74,7 @@ def test_a_controller_on_one_rank_alone_does_not_act(tmp_path):
     assert any("controllers are off" in text for text in first["said"])
 
 
+@pytest.mark.slow
 def test_a_controller_that_breaks_decides_nothing_on_any_rank(tmp_path):
     first, second = run("breaks", tmp_path)
     assert first["decisions"] == second["decisions"] == []

@@ -271,6 +271,7 @@ def train(first_seed, *, grow):
         return losses(weights, x.expand(SEEDS, -1, -1), y.expand(SEEDS, -1)).double(), updates
 
 
+@pytest.mark.slow
 def test_a_batch_five_times_as_large_is_a_rate_five_times_as_low_in_less_than_half_the_updates():
     decayed, updates = train(1000, grow=False)
     grown, fewer = train(2000, grow=True)  # its own shuffles: only the statistics are the same

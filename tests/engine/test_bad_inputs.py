@@ -178,6 +178,7 @@ def test_a_step_that_takes_a_closure():
             assert memory.latest()[key].value == pytest.approx(reading.value, rel=1e-12, nan_ok=True), key
 
 
+@pytest.mark.slow
 def test_a_step_that_calls_its_closure_several_times():
     messages, memory = run(closure_step, make_optimizer=lambda model: torch.optim.LBFGS(model.parameters()))
     assert len(messages) == 1

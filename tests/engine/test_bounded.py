@@ -101,6 +101,7 @@ def largest(looks, name):
     return early, max(size for step, size in sizes if step > WARM)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_does_not_grow(looks):
     names = {name for _, name, _ in looks} - {"objects"}
     assert len(names) == 8

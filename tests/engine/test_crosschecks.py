@@ -186,6 +186,7 @@ def with_decay(parts):
     return torch.optim.SGD(parts, lr=0.2, weight_decay=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [lambda parts: torch.optim.SGD(parts, lr=0.2), with_decay], ids=["plain", "l2"]
 )
@@ -200,6 +201,7 @@ def test_a_sound_run_agrees_with_itself(make):
         assert latest["fdr/right"] == pytest.approx(CURVATURE * variance, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [lambda parts: torch.optim.SGD(parts, lr=0.2), with_decay], ids=["plain", "l2"]
 )
@@ -212,6 +214,7 @@ def test_a_gradient_that_is_changed_on_the_way_to_the_update_is_said_once(meddle
     assert "noise/batch_grad_sq_norm, from the gradient, gives" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -233,12 +236,14 @@ def test_a_transient_run_is_not_checked():
     assert messages == []
 
 
+@pytest.mark.slow
 def test_a_short_batch_at_a_record_is_not_taken_for_the_usual_one():
     messages, memory = train(batch=lambda step: 4 if step % 41 == 0 else 8, fdr=20, noise=41)
     assert declared(memory)
     assert messages == []
 
 
+@pytest.mark.slow
 def test_after_a_drop_of_the_rate_old_readings_are_not_compared_with_new_ones():
     messages, memory = train(lr=lambda step: 0.2 if step < 801 else 0.05, noise=10)
     before = [step for step in declared(memory) if step <= 800]

@@ -73,6 +73,7 @@ def values(records, without=("cost",)):
     }
 
 
+@pytest.mark.slow
 def test_readings_are_bit_equal_on_all_ranks(ranks):
     (first, second), said = ranks
     assert values(first) == values(second)
@@ -82,6 +83,7 @@ def test_readings_are_bit_equal_on_all_ranks(ranks):
     assert said == [[], []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "parts"), [("noise", 1), ("accumulate", 3)])
 def test_two_processes_and_one_with_twice_the_batch_find_the_same_noise(kind, parts, tmp_path):
     (records, other), said = run(kind, tmp_path)
@@ -120,6 +122,7 @@ def one_process(parts):
     return memory.latest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["idle", "alone"])
 def test_a_rank_with_nothing_due_or_without_a_monitor_is_not_waited_for(kind, tmp_path):
     (first, second), said = run(kind, tmp_path)
@@ -130,6 +133,7 @@ def test_a_rank_with_nothing_due_or_without_a_monitor_is_not_waited_for(kind, tm
     assert "Build the same Monitor on every rank" in said[0][0]
 
 
+@pytest.mark.slow
 def test_what_one_rank_cannot_measure_is_left_out_on_all(tmp_path):
     (first, second), said = run("fragile", tmp_path)
     assert values(first) == values(second)
@@ -141,6 +145,7 @@ def test_what_one_rank_cannot_measure_is_left_out_on_all(tmp_path):
     assert ["no such thing here" in text for text in said[1]] == [True]
 
 
+@pytest.mark.slow
 def test_a_wrapped_model_goes_on_training(tmp_path):
     """A forward of the wrapper announces a backward pass, which a measurement does not make."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)

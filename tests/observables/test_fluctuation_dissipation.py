@@ -421,6 +421,7 @@ def quadratic_means(quadratic, steps, warm_up):
     return sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lr", "momentum", "dampening", "variance", "side", "gradient_sq", "v_sq"), TABLE)
 def test_noisy_quadratic_table(lr, momentum, dampening, variance, side, gradient_sq, v_sq):
     quadratic = Quadratic(256, lr, variance, momentum=momentum, dampening=dampening)
@@ -447,6 +448,7 @@ def test_noisy_quadratic_table(lr, momentum, dampening, variance, side, gradient
     assert velocity_sq.item() == pytest.approx(v_sq, rel=0.01)
 
 
+@pytest.mark.slow
 def test_nesterov_form_on_the_noisy_quadratic():
     lr, momentum = 0.05, 0.9
     quadratic = Quadratic(256, lr, TABLE[2][3], momentum=momentum, nesterov=True)

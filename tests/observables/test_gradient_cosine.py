@@ -73,6 +73,7 @@ def test_sampled_steps_are_compared_with_the_step_before_and_not_with_the_sample
     assert monitor._measurement.memories["gradient"] == {}
 
 
+@pytest.mark.slow
 def test_independent_noise_around_a_gradient_reads_its_share_of_signal():
     gradients = 0.2 * draws(4000, seed=1) + torch.tensor([0.3, 0.0, 0.0], dtype=torch.float64)
     memory, _ = run(gradients, GradientCosine(schedule=1000, sampling=1, estimator=Window(4000)))

@@ -51,6 +51,7 @@ def within(sample, expected, errors=3.0):
 # -- T5: the table of two batch sizes --------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("k", "b", "sd_trace", "sd_signal"),
     [(2, 16, 12.211, 0.9539), (8, 1, 4.615, 2.2666), (8, 16, 4.615, 0.4063), (32, 4, 2.193, 0.4051)],

@@ -581,6 +581,7 @@ def agree(reading, expected, within):
     assert abs(reading.value / expected - 1) < within
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "accumulation"),
     [("plain", 1), ("momentum", 1), ("nesterov", 1), ("nesterov l2", 1), ("dampening l2", 2)],
@@ -599,6 +600,7 @@ def test_both_sides_agree_at_the_stationary_state_of_a_live_run(name, accumulati
     assert found["fdr2/ratio"].note == "batches drawn with replacement"
 
 
+@pytest.mark.slow
 def test_without_the_buffer_the_relation_fails_under_momentum():
     found = bowl_run(SGD["momentum"], [second(), NoiseCurvature(schedule=10, sampling=1)], steps=200)
     agree(found["fdr2/ratio"], 1.0, 0.06)
@@ -622,6 +624,7 @@ def test_a_run_on_its_way_down_gains_more_than_it_loses():
     assert memory.latest()["dynamics/fdr2/ratio"].value > 5
 
 
+@pytest.mark.slow
 def test_groups_with_rates_of_their_own_add_up():
     class Pair(Bowl):
         """The bowl turned by a quarter: the Hessian couples its two parameters."""
@@ -657,6 +660,7 @@ def test_groups_with_rates_of_their_own_add_up():
     assert "dynamics/fdr2/shuffling" not in latest  # which rate would it be
 
 
+@pytest.mark.slow
 def test_shuffled_epochs_break_the_relation_and_are_refused():
     data = 6**0.5 * torch.randn(60, 4 * 200, generator=seeded(7), dtype=torch.float64)
     data -= data.mean(0)
@@ -786,6 +790,7 @@ def regression_run(observables, *, steps, state=None, lr=0.0, reduction="mean", 
     return memory, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_noise_as_the_curvature_sees_it_in_a_linear_regression(reduction):
     memory, _ = regression_run(

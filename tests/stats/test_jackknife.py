@@ -307,6 +307,7 @@ def noise_scale_intervals(estimates, blocks=20):
     return np.array(intervals).T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("grad_sq", "steps", "phi"), [(4.5, 160, 0.0), (4.5, 640, 0.9), (0.3, 160, 0.0)])
 def test_intervals_of_the_noise_scale_cover(grad_sq, steps, phi):
     low, high = noise_scale_intervals(noise_scale_series(grad_sq, steps, 600, phi))
