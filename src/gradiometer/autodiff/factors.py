@@ -49,6 +49,11 @@ class Outer:
         return Outer(a, g.reshape(len(self.g), n, groups, positions, -1))
 
     @property
+    def cotangents(self) -> Tensor:
+        """What differs between the K functions."""
+        return self.g
+
+    @property
     def width(self) -> int:
         """Length of the parameter's rows, as ``contract`` takes it."""
         return self.a.shape[-1]
@@ -134,6 +139,11 @@ class Rows:
         return Rows(self.index.reshape(n, -1), self.g.reshape(len(self.g), n, -1, self.g.shape[-1]))
 
     @property
+    def cotangents(self) -> Tensor:
+        """What differs between the K functions."""
+        return self.g
+
+    @property
     def width(self) -> int:
         """Length of the parameter's rows, as ``contract`` takes it."""
         return self.g.shape[-1]
@@ -188,6 +198,11 @@ class Plain:
     def fold(self, size: int) -> Plain:
         """Make each run of ``size`` consecutive examples one example."""
         return Plain(self.gradient.unflatten(1, (-1, size)).sum(2))
+
+    @property
+    def cotangents(self) -> Tensor:
+        """What differs between the K functions: all of it."""
+        return self.gradient
 
     @property
     def width(self) -> int:
@@ -298,6 +313,11 @@ def gram(left: Sequence[Side], right: Sequence[Side], mode: Mode, same: bool) ->
         K outputs and N examples left, L and M right -> trace ``[N, M]``, diagonal ``[K, N, M]``, full
         ``[K, N, L, M]``.
     """
+    if mode == "diagonal":
+        outputs = range(len(left[0].uses[0].cotangents))
+        lefts = [_of_output(left, k) for k in outputs]
+        rights = lefts if same else [_of_output(right, k) for k in outputs]
+        return torch.stack([gram(a, b, "trace", same) for a, b in zip(lefts, rights, strict=True)])
     total: Tensor | None = None
     joint: dict[int, list[tuple[Side, Side]]] = {}
     for a, b in zip(left, right, strict=True):
@@ -311,6 +331,19 @@ def gram(left: Sequence[Side], right: Sequence[Side], mode: Mode, same: bool) ->
             total = term if total is None else total.add_(term)
     assert total is not None
     return total
+
+
+def _of_output(sides: Sequence[Side], k: int) -> list[Side]:
+    """The same gradients of one function; a weight and its bias still share their ``g``."""
+    shared: dict[int, Tensor] = {}
+
+    def of(use: Factor) -> Factor:
+        g = shared.setdefault(id(use.cotangents), use.cotangents[k : k + 1])
+        if isinstance(use, Outer):
+            return Outer(use.a, g)
+        return Rows(use.index, g) if isinstance(use, Rows) else Plain(g)
+
+    return [Side([of(use) for use in side.uses], side.shape, side.weight) for side in sides]
 
 
 def _mixed(left: Side, right: Side, mode: Mode, same: bool) -> Iterator[Tensor]:
@@ -341,8 +374,6 @@ def _explicit(left: Tensor, right: Tensor, mode: Mode, same: bool) -> Tensor:
     if mode == "full":
         flat = gram_matrix(left.flatten(0, 1), right.flatten(0, 1), same=same)
         return flat.view(*left.shape[:2], *right.shape[:2])
-    if mode == "diagonal":
-        return left @ right.mT
     return left[0] @ right[0].mT if len(left) == 1 else (left @ right.mT).sum(0)
 
 
@@ -401,9 +432,6 @@ def _by_gram(
             product = gram_matrix(left, right, same=same).view(groups, k, n, outputs, m)
             product *= a[:, None, :, None]
             return product[0] if groups == 1 else product.sum(0)
-        if mode == "diagonal":
-            left, right = left.transpose(1, 2), right.transpose(1, 2)
-            return ((left @ right.mT) * a).sum(1)
         left, right = (side.permute(2, 1, 0, 3).flatten(2) for side in (left, right))
         product = gram_matrix(left, right, same=same) * a
         return product[0] if groups == 1 else product.sum(0)
@@ -421,13 +449,9 @@ def _by_gram(
         rows = []
         for i in range(k):
             one = left[i].transpose(0, 1).flatten(1, 2)
-            if mode == "diagonal":
-                two = h[i].transpose(0, 1).flatten(1, 2)
-                rows.append(((one @ two.mT).view_as(a) * a).sum((0, 2, 4)))
-            else:
-                two = h.movedim(2, 0).flatten(1, 3)
-                product = (one @ two.mT).view(groups, -1, t, outputs, m, s) * a[:, :, :, None]
-                rows.append(product.sum((0, 2, 5)))
+            two = h.movedim(2, 0).flatten(1, 3)
+            product = (one @ two.mT).view(groups, -1, t, outputs, m, s) * a[:, :, :, None]
+            rows.append(product.sum((0, 2, 5)))
         blocks.append(torch.stack(rows))
     return torch.cat(blocks, 0 if mode == "trace" else 1)
 
@@ -478,8 +502,8 @@ def _rows_by_outer(rows: Rows, outer: Outer, mode: Mode) -> Tensor:
         index = rows.index[begin : begin + size]
         products = torch.einsum("kntd,msd->kntms", rows.g[:, begin : begin + size], a)
         picked = g[..., index.reshape(-1)].unflatten(-1, index.shape)
-        pairs = {"trace": "kntms,kmsnt->nm", "diagonal": "kntms,kmsnt->knm", "full": "kntms,lmsnt->knlm"}
-        blocks.append(torch.einsum(pairs[mode], products, picked))
+        pairs = "kntms,kmsnt->nm" if mode == "trace" else "kntms,lmsnt->knlm"
+        blocks.append(torch.einsum(pairs, products, picked))
     return torch.cat(blocks, 0 if mode == "trace" else 1)
 
 
