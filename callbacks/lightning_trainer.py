@@ -24,7 +24,9 @@ def check_accumulation(trainer: Trainer, session: Session) -> None:
         InputError: If a scheduler of accumulation or the strategy does, too.
     """
     everyone = cast("Any", trainer).callbacks  # set by one of its connectors
-    rivals: list[Any] = [one for one in everyone if isinstance(one, GradientAccumulationScheduler)]
+    rivals: list[Any] = [
+        callback for callback in everyone if isinstance(callback, GradientAccumulationScheduler)
+    ]
     if trainer.strategy.handles_gradient_accumulation:
         rivals.append(trainer.strategy)
     if rivals and session.accumulates:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .quick import house, affected
+from .quick import affected, house
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "gradiometer"
@@ -105,6 +105,16 @@ def test_a_file_a_class_and_a_function_can_be_read_in_one_go(module):
             if body:
                 lines = body[-1].end_lineno - body[0].lineno + 1
                 assert lines <= 45, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_local_says_what_it_holds(module):
+    empty = {"one", "each", "own", "held", "found", "whole", "known", "kept"}
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            assert node.id not in empty, f"{node.id} in line {node.lineno}"
+        elif isinstance(node, ast.arg):
+            assert node.arg not in empty, f"{node.arg} in line {node.lineno}"
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -6,6 +6,9 @@ into one warning, reads ``nan`` and lets training go on.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 
 class GradiometerError(Exception):
     """Base of every error raised here.
@@ -17,12 +20,38 @@ class GradiometerError(Exception):
     """
 
     def __init__(self, wrong: str, *, got: object = None, fix: str = "") -> None:
-        found = "" if got is None else f", got {got}"
-        super().__init__(f"{wrong}{found}." + (f" {fix}" if fix else ""))
+        shown = "" if got is None else f", got {got}"
+        super().__init__(f"{wrong}{shown}." + (f" {fix}" if fix else ""))
 
 
 class InputError(GradiometerError, ValueError):
     """An argument cannot be used."""
+
+
+def check_list(name: str, values: object, of: str, fits: Callable[[Any], bool], example: str) -> None:
+    """Refuse what is no list of things of one kind.
+
+    Args:
+        name: The argument.
+        values: What was given for it.
+        of: What it must hold, in the plural.
+        fits: Whether one thing is of that kind.
+        example: What to write instead, without the brackets.
+
+    Raises:
+        InputError: With the thing that does not fit.
+
+    Example:
+        >>> check_list("sizes", [8, "all"], "numbers", lambda size: isinstance(size, int), "8, 16")
+        Traceback (most recent call last):
+        gradiometer.errors.InputError: sizes must be numbers, got 'all'. Write sizes=[8, 16].
+    """
+    fix = f"Write {name}=[{example}]."
+    if not isinstance(values, Sequence):
+        raise InputError(f"{name} must be a list of {of}", got=repr(values), fix=fix)
+    for value in values:
+        if not fits(value):
+            raise InputError(f"{name} must be {of}", got=repr(value), fix=fix)
 
 
 class MissingFieldError(GradiometerError, LookupError):

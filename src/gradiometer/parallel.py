@@ -78,10 +78,10 @@ def share(nest: Any) -> Any:
     """
     if world_size() == 1:
         return nest
-    own = next((leaf.device for leaf in pytree.tree_leaves(nest) if isinstance(leaf, Tensor)), None)
-    held = [pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, nest)]
-    dist.broadcast_object_list(held, src=0)
-    return pytree.tree_map(lambda leaf: leaf.to(own) if isinstance(leaf, Tensor) else leaf, held[0])
+    device = next((leaf.device for leaf in pytree.tree_leaves(nest) if isinstance(leaf, Tensor)), None)
+    box = [pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, nest)]
+    dist.broadcast_object_list(box, src=0)
+    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, box[0])
 
 
 def mean(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -109,6 +109,6 @@ def largest(numbers: Sequence[int], device: torch.device) -> list[int]:
     """
     if world_size() == 1 or not numbers:
         return list(numbers)
-    found = torch.tensor(numbers, dtype=torch.int64, device=device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return [int(number) for number in found.tolist()]
+    counts = torch.tensor(numbers, dtype=torch.int64, device=device)
+    dist.all_reduce(counts, op=dist.ReduceOp.MAX)
+    return [int(number) for number in counts.tolist()]

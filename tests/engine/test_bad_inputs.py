@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import pytest
@@ -19,9 +20,12 @@ from gradiometer import (
     MemoryRecorder,
     Monitor,
     NeuralTangentKernel,
+    Observable,
+    Quantity,
 )
 from gradiometer.adapters.batches import dataset_size_of, replacement_of
 from gradiometer.callbacks import DynamicsMonitor
+from gradiometer.errors import InputError
 
 
 def network():
@@ -450,3 +454,18 @@ def test_without_the_size_of_the_data_set_everything_else_is_measured():
         latest = monitor.latest
     assert {key.split("/")[1] for key, reading in latest.items() if reading.is_finite} == ALL
     assert "dynamics/noise/sgd_scale" not in latest
+
+
+def test_an_observable_that_needs_a_field_nobody_supplies_is_refused_at_once():
+    @dataclass(frozen=True, kw_only=True)
+    class Curious(Observable):
+        group = "curious"
+        needs = frozenset({"gradients"})
+        quantities = {"x": Quantity("1", "Nothing.")}
+
+        def readings(self, now, reference):
+            return {}
+
+    model = nn.Linear(2, 1)
+    with pytest.raises(InputError, match=r"Curious needs the field 'gradients', and nobody supplies it"):
+        Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), [Curious()])

@@ -128,13 +128,17 @@ class Session:
     @property
     def accumulates(self) -> bool:
         """Whether a controller may change the number of micro-batches in a step."""
-        return any(one.accumulates for one in self.controllers if not one.dry_run)
+        return any(controller.accumulates for controller in self.controllers if not controller.dry_run)
 
     @property
     def resizes(self) -> bool:
         """Whether a controller may change the batches of the loader."""
-        acting = [one for one in self.controllers if not one.dry_run and "batch_size" in one.turns()]
-        return any(not one.accumulates for one in acting)
+        acting = [
+            controller
+            for controller in self.controllers
+            if not controller.dry_run and "batch_size" in controller.turns()
+        ]
+        return any(not controller.accumulates for controller in acting)
 
     @property
     def accumulation(self) -> int | None:
@@ -211,8 +215,8 @@ class Session:
             state: What :meth:`state_dict` returned.
         """
         self._saved = state
-        held = ((state["monitor"].get("control") or {}) if state else {}).get("controllers", {})
+        memories = ((state["monitor"].get("control") or {}) if state else {}).get("controllers", {})
         for controller in self.controllers:
-            own = held.get(type(controller).__name__)
-            if own is not None and not own["dry_run"] and not controller.dry_run:
-                controller.apply(own["memory"])
+            memory = memories.get(type(controller).__name__)
+            if memory is not None and not memory["dry_run"] and not controller.dry_run:
+                controller.apply(memory["memory"])

@@ -351,8 +351,8 @@ def _mixed(left: Side, right: Side, mode: Mode, same: bool) -> Iterator[Tensor]:
     if any(isinstance(use, Plain) for use in left.uses) or (
         len(left.uses) > 1 and isinstance(left.weight, Tensor)
     ):
-        one = left.dense()
-        yield _explicit(one, one if same else right.dense(), mode, same)
+        dense = left.dense()
+        yield _explicit(dense, dense if same else right.dense(), mode, same)
         return
     for i, a in enumerate(left.uses):
         for j, b in enumerate(right.uses):
@@ -403,16 +403,16 @@ def _by_columns(left: Outer, right: Outer, weight: Weight, mode: Mode, same: boo
         left = left.joined_outputs()
         right = left if same else right.joined_outputs()
     inputs = left.a.shape[-1]
-    held = max(len(side.g) * len(side.a) for side in (left, right)) * left.g.shape[2] * left.g.shape[4]
-    step = max(1, BLOCK // held)
+    row_length = max(len(side.g) * len(side.a) for side in (left, right)) * left.g.shape[2] * left.g.shape[4]
+    step = max(1, BLOCK // row_length)
     total: Tensor | None = None
     for begin in range(0, inputs, step):
         end = min(begin + step, inputs)
-        one = left.columns(begin, end)
-        two = one if same else right.columns(begin, end)
+        a_block = left.columns(begin, end)
+        b_block = a_block if same else right.columns(begin, end)
         if isinstance(weight, Tensor):
-            one = one * weight.reshape(-1, inputs)[:, begin:end].reshape(-1).to(one)
-        term = _explicit(one, two, mode, same and scalar)
+            a_block = a_block * weight.reshape(-1, inputs)[:, begin:end].reshape(-1).to(a_block)
+        term = _explicit(a_block, b_block, mode, same and scalar)
         total = term if total is None else total.add_(term)
     assert total is not None
     return total.mul_(weight) if scalar else total
@@ -439,18 +439,18 @@ def _by_gram(
     blocks = []
     for begin in range(0, n, size):
         some = slice(begin, begin + size)
-        a = _weighted([(one[some], two, w) for one, two, w in inputs], False)
+        a = _weighted([(first[some], second, w) for first, second, w in inputs], False)
         left = g[:, some]
         if mode == "trace":
-            one, two = (side.permute(2, 1, 3, 0, 4).flatten(1, 2).flatten(2) for side in (left, h))
-            product = (one @ two.mT).view_as(a) * a
+            first, second = (side.permute(2, 1, 3, 0, 4).flatten(1, 2).flatten(2) for side in (left, h))
+            product = (first @ second.mT).view_as(a) * a
             blocks.append(product.sum((0, 2, 4)))
             continue
         rows = []
         for i in range(k):
-            one = left[i].transpose(0, 1).flatten(1, 2)
-            two = h.movedim(2, 0).flatten(1, 3)
-            product = (one @ two.mT).view(groups, -1, t, outputs, m, s) * a[:, :, :, None]
+            first = left[i].transpose(0, 1).flatten(1, 2)
+            second = h.movedim(2, 0).flatten(1, 3)
+            product = (first @ second.mT).view(groups, -1, t, outputs, m, s) * a[:, :, :, None]
             rows.append(product.sum((0, 2, 5)))
         blocks.append(torch.stack(rows))
     return torch.cat(blocks, 0 if mode == "trace" else 1)
@@ -476,16 +476,16 @@ def _rows(left: Rows, right: Rows, weight: Weight, mode: Mode, same: bool) -> Te
     numbers = where.reshape(-1).split([left.index.numel(), where.numel() - left.index.numel()])
     first = numbers[0].view_as(left.index)
     second = first if same else numbers[1].view_as(right.index)
-    held = max(len(left.g) * len(left.index), len(right.g) * len(right.index))
-    step = max(1, 4 * BLOCK // (held * left.g.shape[-1]))
+    row_length = max(len(left.g) * len(left.index), len(right.g) * len(right.index))
+    step = max(1, 4 * BLOCK // (row_length * left.g.shape[-1]))
     total: Tensor | None = None
     for begin in range(0, len(touched), step):
         end = min(begin + step, len(touched))
-        one = left.some(first, begin, end)
-        two = one if same else right.some(second, begin, end)
+        a_block = left.some(first, begin, end)
+        b_block = a_block if same else right.some(second, begin, end)
         if isinstance(weight, Tensor):
-            one = one * weight[touched[begin:end]].reshape(-1).to(one)
-        term = _explicit(one, two, mode, same and not isinstance(weight, Tensor))
+            a_block = a_block * weight[touched[begin:end]].reshape(-1).to(a_block)
+        term = _explicit(a_block, b_block, mode, same and not isinstance(weight, Tensor))
         total = term if total is None else total.add_(term)
     assert total is not None
     return total if isinstance(weight, Tensor) else total.mul_(weight)

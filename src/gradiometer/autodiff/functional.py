@@ -68,14 +68,14 @@ def matrix_forward(model: nn.Module, x: Any, output_key: str | None = None) -> T
     out = call(model, x)
     if not isinstance(out, Tensor):
         key = output_key or "logits"
-        found = out.get(key) if isinstance(out, Mapping) else getattr(out, key, None)
-        if found is None:
+        tensor = out.get(key) if isinstance(out, Mapping) else getattr(out, key, None)
+        if tensor is None:
             raise InputError(
                 f"the outputs of {type(model).__name__} are no tensor and have no {key!r}",
                 got=sorted(map(str, out)) if isinstance(out, Mapping) else type(out).__name__,
                 fix='Pass forward=, or in Lightning DynamicsMonitor(output_key="...").',
             )
-        out = found
+        out = tensor
     if isinstance(out, Tensor) and out.ndim == 3:
         return out[:, -1]
     if isinstance(out, Tensor) and out.ndim == 1:
@@ -399,9 +399,9 @@ def check_outputs(out: Any, count: int) -> None:
             fix="Pass forward=lambda model, x: torch.view_as_real(model(x)).flatten(1).",
         )
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != count:
-        found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise InputError(
             f"the outputs must have shape [N, O] with N = {count}",
-            got=found,
+            got=got,
             fix="Pass forward=lambda model, x: model(x).flatten(1), or one that selects a position.",
         )

@@ -221,9 +221,9 @@ def spectral_norms(line: Linearised, generator: torch.Generator) -> Tensor:
             break
         u = line.columns(w)
         length = u.norm(dim=1, keepdim=True)
-        known = torch.stack(basis, 1)
+        directions = torch.stack(basis, 1)
         for _ in range(2):  # once is not enough in single precision
-            u = u - (known.mT @ (known @ u[:, :, None]))[:, :, 0]
+            u = u - (directions.mT @ (directions @ u[:, :, None]))[:, :, 0]
         rest = u.norm(dim=1, keepdim=True)
         exhausted = rest <= 10 * torch.finfo(u.dtype).eps * length
         basis.append(torch.where(exhausted, torch.zeros_like(u), u / rest))

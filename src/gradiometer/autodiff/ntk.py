@@ -98,15 +98,15 @@ def tangent_kernel(tape: LayerTape, x: Batch, x2: Batch | None, request: KernelR
         path: torch.zeros(x.count, batches[-1].count, *shape, dtype=dtype, device=rows.device)
         for path in paths
     }
-    for i, one in _recordings(tape, x, step, first=True):
+    for i, first in _recordings(tape, x, step, first=True):
         for j in range(i if symmetric else 0, batches[-1].count, step):
             same = symmetric and i == j
-            two = one if same else tape.record(batches[-1].part(j, step))
+            second = first if same else tape.record(batches[-1].part(j, step))
             for k in range(0, len(rows), outputs):
-                left = _sides(one, k, outputs, request)
+                left = _sides(first, k, outputs, request)
                 last = len(rows) if request.mode == "full" else k + 1
                 for other in range(k if same or request.mode != "full" else 0, last, outputs):
-                    right = left if same and other == k else _sides(two, other, outputs, request)
+                    right = left if same and other == k else _sides(second, other, outputs, request)
                     for path, block in _blocks(modules, left, right, request, same and other == k):
                         _put(kernels[path], block, request.mode, (i, j, k, other), symmetric)
     return kernels
@@ -133,10 +133,10 @@ def _blocks(
     """Products per module, or their sum; in float64 between modules."""
     total: Tensor | None = None
     for path, names in modules.items():
-        found = [name for name in names if name in left and name in right]
-        if not found:
+        reached = [name for name in names if name in left and name in right]
+        if not reached:
             continue
-        block = gram([left[n] for n in found], [right[n] for n in found], request.mode, same)
+        block = gram([left[n] for n in reached], [right[n] for n in reached], request.mode, same)
         if request.layers:
             yield path, block
         elif total is None:
@@ -177,10 +177,10 @@ def _pieces(tape: LayerTape, batches: list[Batch], request: KernelRequest) -> tu
     pairs_kept = 3 if request.mode == "full" else 0  # the product of all pairs, and what it is made of
 
     def needed(count: int, outputs: int) -> int:
-        held = 1 if len(batches) == 1 and count == most else 2
-        held = 2 if request.mode == "full" and outputs < len(request.rows) else held
+        recordings = 1 if len(batches) == 1 and count == most else 2
+        recordings = 2 if request.mode == "full" and outputs < len(request.rows) else recordings
         products = 8 * (count * outputs) ** 2 * pairs_kept
-        return held * tape.bytes_needed(count, outputs) + tape.workspace(count * outputs) + products
+        return recordings * tape.bytes_needed(count, outputs) + tape.workspace(count * outputs) + products
 
     while needed(count, outputs) > limit:
         examples_first = request.mode == "full" and count > 1 and request.chunk_size is None
@@ -213,7 +213,7 @@ def _sketched(
     features: list[dict[str, Tensor]] = []
     for batch in batches:
         shape = (len(request.rows), batch.count, size)
-        found = {path: request.rows.new_zeros(shape) for path in (modules if request.layers else [""])}
+        sums = {path: request.rows.new_zeros(shape) for path in (modules if request.layers else [""])}
         for i, recording in _recordings(tape, batch, step, first=batch is batches[0]):
             for k in range(0, len(request.rows), outputs):
                 sides = _sides(recording, k, outputs, request)
@@ -222,17 +222,15 @@ def _sketched(
                     if drawn:
                         generator = torch.Generator().manual_seed(seeds[path])
                         part = sketch(drawn, size, generator)
-                        found[path if request.layers else ""][k : k + len(part), i : i + part.shape[1]] += (
-                            part
-                        )
-        features.append(found)
+                        sums[path if request.layers else ""][k : k + len(part), i : i + part.shape[1]] += part
+        features.append(sums)
     kernels = {}
     for path, left in features[0].items():
-        one, two = (
+        first, second = (
             Side([Plain(side.to(accumulation_dtype(side.device)))], torch.Size([size]))
             for side in (left, features[-1][path])
         )
-        block = gram([one], [two], request.mode, False)
+        block = gram([first], [second], request.mode, False)
         order = {"trace": (0, 1), "diagonal": (1, 2, 0), "full": (1, 3, 0, 2)}[request.mode]
         kernels[path] = block.permute(order)
     return kernels

@@ -78,17 +78,17 @@ class Structure:
     edges: Mapping[str, int]
 
     @classmethod
-    def of(cls, network: Network, one: ForwardPass) -> Structure:
+    def of(cls, network: Network, alone: ForwardPass) -> Structure:
         """Read it from a pass over one example.
 
         Args:
             network: The network.
-            one: The pass.
+            alone: The pass.
         """
-        nodes = _reachable(one.output)
+        nodes = _reachable(alone.output)
         return cls(
             parameters={name: p.shape for name, p in network.parameters.items()},
-            calls=tuple((call.path, call.a.shape, call.shape, call.reason) for call in one.calls),
+            calls=tuple((call.path, call.a.shape, call.shape, call.reason) for call in alone.calls),
             kinds=Counter(
                 node.name().rstrip("0123456789") for node in nodes
             ),  # of AddBackward0, AddBackward1
@@ -133,18 +133,18 @@ def look(network: Network, first: Batch) -> ForwardPass:
         UnsupportedError: Batch norm without running statistics, or an embedding that rescales itself.
     """
     check_parameters(network)
-    one = network.watch(first, weigh=True)
-    if not one.output.requires_grad:
+    alone = network.watch(first, weigh=True)
+    if not alone.output.requires_grad:
         raise InputError(
             "no trainable parameter reaches the outputs",
             fix="Call model.requires_grad_(True) on the part that is trained; see that the forward "
             "does not detach or run under no_grad.",
         )
-    return one
+    return alone
 
 
 def learn(
-    network: Network, first: Batch, both: Batch, one: ForwardPass
+    network: Network, first: Batch, both: Batch, alone: ForwardPass
 ) -> tuple[Plan, ForwardPass, ForwardPass]:
     """Find out how each parameter is reached.
 
@@ -152,7 +152,7 @@ def learn(
         network: The network.
         first: One example.
         both: The same example and another.
-        one: What :func:`look` saw of the first.
+        alone: What :func:`look` saw of the first.
 
     Returns:
         The plan, and the passes over one and over two examples that it was learned from.
@@ -161,33 +161,33 @@ def learn(
         InputError: If a registered rule is wrong.
         UnsupportedError: If the outputs of one example depend on the others of the batch.
     """
-    two = network.watch(both)
-    structure = Structure.of(network, one)
-    check_independence(one.output.detach(), two.output, lambda: _culprit(one, two))
-    if [call.path for call in one.calls] != [call.path for call in two.calls]:
+    pair = network.watch(both)
+    structure = Structure.of(network, alone)
+    check_independence(alone.output.detach(), pair.output, lambda: _culprit(alone, pair))
+    if [call.path for call in alone.calls] != [call.path for call in pair.calls]:
         apart = tuple(network.parameters)  # another course for each example: nothing to be matched
-        sizes = _weigh(network, one, (), {}, apart)
-        return Plan(structure, (), {}, apart, {}, (), False, sizes), one, two
-    axes = tuple(_axis_of_call(a, b) for a, b in zip(one.calls, two.calls, strict=True))
-    for call, axis in zip(two.calls, axes, strict=True):
+        sizes = _weigh(network, alone, (), {}, apart)
+        return Plan(structure, (), {}, apart, {}, (), False, sizes), alone, pair
+    axes = tuple(_axis_of_call(a, b) for a, b in zip(alone.calls, pair.calls, strict=True))
+    for call, axis in zip(pair.calls, axes, strict=True):
         if axis is not None:
             verify(call.path, call.module, call.a.movedim(axis.axis, 0))
-    nodes = _reachable(one.output)
-    unsupported = _behind_checkpoints(network, one, nodes)
-    odd, rest = _unserved(network, one, axes, nodes, structure.edges)
+    nodes = _reachable(alone.output)
+    unsupported = _behind_checkpoints(network, alone, nodes)
+    odd, rest = _unserved(network, alone, axes, nodes, structure.edges)
     rest -= set(unsupported)
     uses: Mapping[int, Use] = {}
     apart = ()
-    saved = one.saved_bytes
+    saved = alone.saved_bytes
     if rest:
-        one, two = network.watch(first, None), network.watch(both, None)
-        one.saved_bytes = saved
+        alone, pair = network.watch(first, None), network.watch(both, None)
+        alone.saved_bytes = saved
         try:
-            uses = _meetings(network, one, two, axes, rest)
+            uses = _meetings(network, alone, pair, axes, rest)
         except UnmatchedError:
             apart = tuple(sorted(rest))
     kinds = set(structure.kinds)
-    doubtful = _doubtful(network, one, odd | rest, kinds) - {*apart, *unsupported}
+    doubtful = _doubtful(network, alone, odd | rest, kinds) - {*apart, *unsupported}
     plan = Plan(
         structure=structure,
         axes=axes,
@@ -196,14 +196,14 @@ def learn(
         unsupported=unsupported,
         doubtful=tuple(sorted(doubtful)),
         trusted=kinds <= _KEEPS_EXAMPLES | _MOVES,
-        sizes=_weigh(network, one, axes, uses, apart),
+        sizes=_weigh(network, alone, axes, uses, apart),
     )
-    return plan, one, two
+    return plan, alone, pair
 
 
 def _unserved(
     network: Network,
-    one: ForwardPass,
+    alone: ForwardPass,
     axes: tuple[Axis | None, ...],
     nodes: set[Node],
     edges: Mapping[str, int],
@@ -211,7 +211,7 @@ def _unserved(
     """Parameters of calls in an odd layout, and those of which the calls do not account for every edge."""
     served = dict.fromkeys(network.parameters, 0)
     odd: set[str] = set()
-    for call, axis in zip(one.calls, axes, strict=True):
+    for call, axis in zip(alone.calls, axes, strict=True):
         for parameter in call.module._parameters.values():
             name = network.name(parameter)
             if name is not None and axis is not None and call.edge.node in nodes:
@@ -222,14 +222,14 @@ def _unserved(
 
 
 def _meetings(
-    network: Network, one: ForwardPass, two: ForwardPass, axes: tuple[Axis | None, ...], rest: set[str]
+    network: Network, alone: ForwardPass, pair: ForwardPass, axes: tuple[Axis | None, ...], rest: set[str]
 ) -> dict[int, Use]:
-    served = {call.number for call, axis in zip(one.calls, axes, strict=True) if axis is not None}
+    served = {call.number for call, axis in zip(alone.calls, axes, strict=True) if axis is not None}
     wanted = {id(network.parameters[name]) for name in rest}
-    return meetings(one.operations, two.operations, wanted, served)
+    return meetings(alone.operations, pair.operations, wanted, served)
 
 
-def _doubtful(network: Network, one: ForwardPass, odd: set[str], kinds: set[str]) -> set[str]:
+def _doubtful(network: Network, alone: ForwardPass, odd: set[str], kinds: set[str]) -> set[str]:
     """Parameters whose gradients nothing but a comparison with autograd vouches for."""
     if not kinds <= _KEEPS_EXAMPLES | _MOVES:
         return set(network.parameters)
@@ -237,13 +237,13 @@ def _doubtful(network: Network, one: ForwardPass, odd: set[str], kinds: set[str]
     if kinds <= _KEEPS_EXAMPLES:
         return doubtful
     # one parameter of each layer tells whether its examples moved
-    for module in {id(call.module): call.module for call in one.calls}.values():
+    for module in {id(call.module): call.module for call in alone.calls}.values():
         followed = network.followed(module)
         doubtful.add(min(followed, key=lambda name: followed[name].numel()))
     return doubtful
 
 
-def _behind_checkpoints(network: Network, one: ForwardPass, nodes: set[Node]) -> dict[str, str]:
+def _behind_checkpoints(network: Network, alone: ForwardPass, nodes: set[Node]) -> dict[str, str]:
     """Parameters whose gradient would pass through a reentrant checkpoint."""
     doors = [node for node in nodes if node.name() == "CheckpointFunctionBackward"]
     if not doors:
@@ -253,21 +253,21 @@ def _behind_checkpoints(network: Network, one: ForwardPass, nodes: set[Node]) ->
     for door in doors:
         behind |= _upstream(door)
     lost = {name for name in map(network.name, map(_variable, behind)) if name is not None}
-    hidden = {name for name in network.parameters if name.rpartition(".")[0] in one.hidden}
+    hidden = {name for name in network.parameters if name.rpartition(".")[0] in alone.hidden}
     return dict.fromkeys(sorted(lost | hidden), reason)
 
 
 def _weigh(
     network: Network,
-    one: ForwardPass,
+    alone: ForwardPass,
     axes: tuple[Axis | None, ...],
     uses: Mapping[int, Use],
     apart: tuple[str, ...],
 ) -> Sizes:
     """What one example costs; half-precision parts are widened to float32 before they are multiplied."""
-    forward, cotangents, elements, widest = one.saved_bytes, 0, 0, 0
-    wide = max(4, one.output.element_size())
-    for call, axis in zip(one.calls, axes, strict=False):  # no axes where calls cannot be matched
+    forward, cotangents, elements, widest = alone.saved_bytes, 0, 0, 0
+    wide = max(4, alone.output.element_size())
+    for call, axis in zip(alone.calls, axes, strict=False):  # no axes where calls cannot be matched
         if axis is None:
             continue
         elements += call.shape.numel()
@@ -405,9 +405,9 @@ def coupled(detail: str) -> UnsupportedError:
     )
 
 
-def _culprit(one: ForwardPass, two: ForwardPass) -> str:
+def _culprit(alone: ForwardPass, pair: ForwardPass) -> str:
     """Where the coupling begins."""
-    for first, second in zip(one.calls, two.calls, strict=False):
+    for first, second in zip(alone.calls, pair.calls, strict=False):
         if first.reason is not None:
             return f"; module {first.path!r}: {first.reason}"
         if first.a.is_floating_point() and second.a.shape == (2, *first.a.shape[1:]):

@@ -285,7 +285,7 @@ def split_curvature(
         batches = [(take(x, part), take(y, part)) for part in slices]
         gradients = [loss.gradient(*batch) for batch in batches]
         steps = gradients if step is None else [step(gradient) for gradient in gradients]
-        gram = torch.stack([_dots(gradients, one) for one in steps])
+        gram = torch.stack([_dots(gradients, direction) for direction in steps])
         forms = gram.new_zeros(parts, parts, parts)
         for j, batch in enumerate(batches):
             others = [i for i in range(parts) if i != j]
@@ -367,8 +367,8 @@ def pull_back(
     pairs = [(out, w.to(out)) for out, w in zip(outputs, weights, strict=True) if out.requires_grad]
     if not pairs:
         return [torch.zeros_like(leaf) for leaf in inputs]
-    outs, kept = zip(*pairs, strict=True)
-    return differentiate(outs, inputs, kept, retain_graph=retain_graph)
+    outs, graphs = zip(*pairs, strict=True)
+    return differentiate(outs, inputs, graphs, retain_graph=retain_graph)
 
 
 def differentiate(
@@ -411,9 +411,9 @@ def check_second_derivative(gradient: Sequence[Tensor]) -> None:
         if node.name() in _WRONG_TWICE:
             what, fix = _WRONG_TWICE[node.name()]
             raise UnsupportedError("autograd cannot differentiate this loss twice", got=what, fix=fix)
-        found = {following for following, _ in node.next_functions if following is not None} - seen
-        seen |= found
-        pending += found
+        reached = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= reached
+        pending += reached
 
 
 def part_slices(x: Any, y: Any, parts: int, *, at_least: int) -> list[slice]:

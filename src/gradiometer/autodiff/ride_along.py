@@ -104,10 +104,10 @@ class RideAlong:
         self._owners: dict[int, int] = {}
         self._handles: list[Any] = []
         for path, module in model.named_modules():
-            own = [p for p in module._parameters.values() if p is not None and id(p) in self._names]
-            for parameter in own:
+            followed = [p for p in module._parameters.values() if p is not None and id(p) in self._names]
+            for parameter in followed:
                 self._owners[id(parameter)] = self._owners.get(id(parameter), 0) + 1
-            if own and type(module) in RULES:
+            if followed and type(module) in RULES:
                 self._handles.append(module.register_forward_hook(self._forward_hook(path), with_kwargs=True))
         if self.comparison is not None:
             for name, parameter in model.named_parameters():
@@ -137,8 +137,8 @@ class RideAlong:
 
     def _gradient_hook(self, name: str) -> Any:
         assert self.comparison is not None
-        found = self.comparison.found
-        return lambda grad: self._safely(found, name, grad)
+        compare = self.comparison.found
+        return lambda grad: self._safely(compare, name, grad)
 
     def _forward_hook(self, path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -167,8 +167,8 @@ class RideAlong:
             if self._calls.get(module, 0) < 0 or not isinstance(out, Tensor) or not out.requires_grad:
                 return
             if not isinstance(a, Tensor) or a.ndim == 0 or len(a) != self._batch:
-                found = list(a.shape) if isinstance(a, Tensor) else type(a).__name__
-                self._skip(module, f"its input {found} does not begin with the {self._batch} examples")
+                got = list(a.shape) if isinstance(a, Tensor) else type(a).__name__
+                self._skip(module, f"its input {got} does not begin with the {self._batch} examples")
                 return
             reason = _cannot(module, a, out)
             if reason:
@@ -327,7 +327,7 @@ class Comparison:
         rows = torch.stack([torch.stack(row).double().cpu() for row in both])
         difference, bound = (rows[:, 0] - rows[:, 2]).abs(), rows[:, 1] + rows[:, 3]
         judged = rows.isfinite().all(1) & (bound > 0)
-        self.judged = {name for name, known in zip(names, judged.tolist(), strict=True) if known}
+        self.judged = {name for name, is_judged in zip(names, judged.tolist(), strict=True) if is_judged}
         apart = (judged & (difference > bound)).tolist()
         return [name for name, wrong in zip(names, apart, strict=True) if wrong]
 

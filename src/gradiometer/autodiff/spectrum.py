@@ -281,13 +281,13 @@ class Curvature:
         count, dtype = examples(x), accumulation_dtype(pair.vector.device)
         parts = part_slices(x, y, min(_PARTS, max(count // 2, 1)), at_least=1)
         curved = [self.of(take(x, part), take(y, part))(pair.vector) for part in parts]
-        forms = torch.stack([pair.vector.to(dtype) @ each.to(dtype) for each in curved])
+        forms = torch.stack([pair.vector.to(dtype) @ product.to(dtype) for product in curved])
         sizes = forms.new_tensor([part.stop - part.start for part in parts])
-        whole = sizes @ forms / count
-        if abs(float(whole) - pair.value) > _ADDS_UP * abs(pair.value):
+        mean = sizes @ forms / count
+        if abs(float(mean) - pair.value) > _ADDS_UP * abs(pair.value):
             return math.nan
-        without = (count * whole - sizes * forms) / (count - sizes)
-        return float(delete_block_jackknife(whole[None], without[:, None], sizes))
+        without = (count * mean - sizes * forms) / (count - sizes)
+        return float(delete_block_jackknife(mean[None], without[:, None], sizes))
 
     def _split(self, vector: Tensor) -> list[Tensor]:
         pieces = vector.split([leaf.numel() for leaf in self._leaves])

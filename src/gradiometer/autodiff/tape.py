@@ -84,16 +84,16 @@ class LayerTape:
         if x.count == 1:
             both = Batch(x.map(lambda t: torch.cat([t, t])), 2)
         first = both.part(0, 1)
-        one = look(self.network, first)
-        self._alone = one.output.detach()
-        self.shape, self.dtype, self.device = one.output.shape, one.output.dtype, one.output.device
+        alone = look(self.network, first)
+        self._alone = alone.output.detach()
+        self.shape, self.dtype, self.device = alone.output.shape, alone.output.dtype, alone.output.device
         plan = _PLANS.get(model)
-        if plan is not None and plan.structure == Structure.of(self.network, one):
+        if plan is not None and plan.structure == Structure.of(self.network, alone):
             self.plan = plan
         else:
-            self.plan, one, two = learn(self.network, first, both, one)
+            self.plan, alone, pair = learn(self.network, first, both, alone)
             if self.plan.doubtful:
-                wrong = self._disagreeing(both, one, two)
+                wrong = self._disagreeing(both, alone, pair)
                 self.plan = replace(self.plan, apart=tuple(sorted({*self.plan.apart, *wrong})))
             if not self.plan.uses:  # an operation holds tensors of the pass it was learned from
                 _PLANS[model] = self.plan
@@ -112,25 +112,25 @@ class LayerTape:
 
     # what is checked on two examples
 
-    def _disagreeing(self, both: Batch, one: ForwardPass, two: ForwardPass) -> set[str]:
+    def _disagreeing(self, both: Batch, alone: ForwardPass, pair: ForwardPass) -> set[str]:
         """Doubtful parameters whose gradients for two examples are not autograd's, with their layers' others.
 
         A gradient that changes for the first example when the second comes along belongs to no example.
         """
         names = self.plan.doubtful
         parameters = [self.network.parameters[name] for name in names]
-        rows = two.output.new_zeros(2, *two.output.shape)
+        rows = pair.output.new_zeros(2, *pair.output.shape)
         # in float64 on the CPU, so that a device and a precision draw the same
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(two.output.shape, generator=generator, dtype=torch.float64).to(rows)
+        drawn = torch.randn(pair.output.shape, generator=generator, dtype=torch.float64).to(rows)
         rows[0, 0], rows[1, 1] = drawn[0], drawn[1]
-        expected = [_autograd(two.output, parameters, row) for row in rows]
+        expected = [_autograd(pair.output, parameters, row) for row in rows]
         scale = sum(float(g.norm()) for g in expected[0])
-        alone = _autograd(one.output, parameters, drawn[:1])
-        for name, by_itself, in_company in zip(names, alone, expected[0], strict=True):
+        first = _autograd(alone.output, parameters, drawn[:1])
+        for name, by_itself, in_company in zip(names, first, expected[0], strict=True):
             if not _close(by_itself, in_company, self._rounding() * scale):
                 raise coupled(f"; the gradient of parameter {name!r} shows it")
-        wrong = self._wrong(both, two, rows, expected, scale)
+        wrong = self._wrong(both, pair, rows, expected, scale)
         if not self.plan.trusted:  # what sorts the examples may have left these two in their order
             turned = Batch(both.map(lambda t: t.flip(0) if t.ndim else t), 2)
             again = self.network.watch(turned, set(self.plan.uses))

@@ -60,5 +60,5 @@ def _one_key(batch: Mapping[Any, Any], given: str | None, usual: Sequence[str], 
                 fix="Name one of them.",
             )
         return given
-    found = [key for key in usual if key in batch]
-    return found[0] if len(found) == 1 else None
+    present = [key for key in usual if key in batch]
+    return present[0] if len(present) == 1 else None

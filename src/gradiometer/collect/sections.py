@@ -108,7 +108,7 @@ class Sections:
             return self.reduce(parameters, function(*tensors))
         singles = zip(*tensors, strict=True)
         return self.reduce(
-            parameters, torch.cat([function(*[[tensor] for tensor in one]).cpu() for one in singles])
+            parameters, torch.cat([function(*[[tensor] for tensor in row]).cpu() for row in singles])
         )
 
     def reduce(self, parameters: Sequence[Tensor], rows: Tensor) -> Tensor:

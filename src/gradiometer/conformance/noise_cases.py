@@ -148,7 +148,7 @@ def _mean_judges(signal: float, trace: float = TRACE) -> tuple[Judge, ...]:
 
 def _plain(name: str, about: str, sizes: Sequence[tuple[int, ...]], seed: int) -> Case:
     """Planted gradients with a strong signal, in parts of the given sizes, one entry per step."""
-    make: Make = lambda rng: [planted(rng, each, 1.0) for each in sizes]  # noqa: E731
+    make: Make = lambda rng: [planted(rng, size, 1.0) for size in sizes]  # noqa: E731
     return Case(name, about, "noise", _runs(make, 24, seed), _mean_judges(float(len(SPECTRUM))))
 
 
@@ -336,7 +336,7 @@ def _nothing(
     """Runs of which no step can be measured."""
 
     def make(rng: np.random.Generator) -> list[NoiseStep]:
-        return [_as_step(planted(rng, each, 1.0).inputs * row(len(SPECTRUM)), each) for each in sizes]
+        return [_as_step(planted(rng, size, 1.0).inputs * row(len(SPECTRUM)), size) for size in sizes]
 
     judges = (silent("trace"), silent("grad_sq_norm"), silent("scale"))
     return Case(name, about, "noise", _runs(make, 4, seed), judges)

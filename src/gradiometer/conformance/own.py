@@ -51,8 +51,8 @@ class _TwoLayers(nn.Module):
 
     def halves(self, vector: Array) -> list[Tensor]:
         """A vector in the shapes of the parameters."""
-        whole = torch.as_tensor(vector)[None]
-        return [whole[:, : self.cut].clone(), whole[:, self.cut :].clone()]
+        full = torch.as_tensor(vector)[None]
+        return [full[:, : self.cut].clone(), full[:, self.cut :].clone()]
 
     def load(self, weights: Array) -> None:
         """Put the weights in place, as a loop would that changes them beside the optimizer."""
@@ -128,14 +128,14 @@ def _measure_noise(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     observable = GradientNoiseScale(schedule=_spread(0, len(steps) - 1), sampling=1, estimator=Mean())
     memory = MemoryRecorder()
-    whole = all(step.finite and len(step.sizes) > 1 for step in steps)
+    complete = all(step.finite and len(step.sizes) > 1 for step in steps)
     monitor = Monitor(
         model,
         optimizer,
         [observable],
         recorders=[memory],
         loss_reduction=loss_reduction,
-        on_error="raise" if whole else "warn",
+        on_error="raise" if complete else "warn",
     )
     with warnings.catch_warnings(), monitor:
         warnings.simplefilter("ignore", MeasurementWarning)
@@ -259,5 +259,5 @@ def _interval(reading: Reading) -> tuple[float, float] | None:
 
 def _resolved(reading: Reading, latest: Mapping[str, Reading]) -> bool:
     """Whether the reading stands as a number: by its own word, or in the words that users see."""
-    own: bool | None = getattr(reading, "resolved", None)
-    return not sentence(reading, latest).startswith("not resolved") if own is None else own
+    resolved: bool | None = getattr(reading, "resolved", None)
+    return not sentence(reading, latest).startswith("not resolved") if resolved is None else resolved

@@ -110,8 +110,8 @@ def descend(
         used = loss_gradient + (0.0 if s.decoupled else s.weight_decay) * weights
         buffer_after = s.momentum * buffer + (1 - s.dampening) * used if s.momentum else buffer
         direction = used + s.momentum * buffer_after if s.nesterov else buffer_after if s.momentum else used
-        kept = 1 - s.lr * s.weight_decay if s.decoupled else 1.0
-        after = kept * weights - s.lr * direction
+        shrinkage = 1 - s.lr * s.weight_decay if s.decoupled else 1.0
+        after = shrinkage * weights - s.lr * direction
         steps.append(
             RelationStep(
                 weights=weights,

@@ -205,6 +205,6 @@ def _refused(case: Case, judge: Judge, error: str) -> Check:
 
 
 def _cells(check: Check) -> tuple[str, ...]:
-    known = not math.isnan(check.deviation)
-    deviation = f"{check.deviation:.2g} ({check.limit:g}) {check.unit}" if known else ""
+    measured = not math.isnan(check.deviation)
+    deviation = f"{check.deviation:.2g} ({check.limit:g}) {check.unit}" if measured else ""
     return check.case, check.quantity, check.truth, check.measured, deviation, check.status

@@ -62,7 +62,7 @@ def _suites(adapter: str | None, kind: Kind | None) -> Iterator[Suite]:
 
 def _reasons(report: Report, cases: tuple[Case, ...]) -> str:
     """What the cases that failed are about."""
-    failed = {each.case for each in report.failures}
+    failed = {check.case for check in report.failures}
     return (
         "\n".join(f"{case.name}: {case.about}" for case in cases if case.name in failed)
         or "nothing was checked"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from ..collect.sections import Section
-from ..errors import InputError
+from ..errors import InputError, check_list
 from ..observables import Observable
 from ..optimizers import GroupSettings
 from ..record.readings import Decision, Reading
@@ -72,8 +72,12 @@ class View:
         Args:
             keys: As for :meth:`number`; those that were not recorded are left out.
         """
-        found = [(key, self.readings[key]) for key in keys if key in self.readings]
-        return {key: (one.value, one.stderr) for key, one in found if isinstance(one.value, float)}
+        readings = [(key, self.readings[key]) for key in keys if key in self.readings]
+        return {
+            key: (reading.value, reading.stderr)
+            for key, reading in readings
+            if isinstance(reading.value, float)
+        }
 
     def steps_per_epoch(self, at_least: int = 1) -> int:
         """Optimizer steps in an epoch, 1,000 where that is not known.
@@ -199,7 +203,7 @@ def check_number(
     least: float = -math.inf,
     above: float = -math.inf,
     below: float = math.inf,
-    whole: bool = False,
+    integer: bool = False,
 ) -> None:
     """Refuse a setting that is no number, or out of its range.
 
@@ -209,16 +213,16 @@ def check_number(
         least: The smallest that will do.
         above: What it has to be above.
         below: What it has to be below.
-        whole: Whether it has to be a whole number.
+        integer: Whether it has to be a whole number.
 
     Raises:
         InputError: If it will not do.
     """
-    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
     if not (number and value >= least and above < value < below):
         limits = {"at least": least, "above": above, "below": below}
         wants = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
-        kind = "a whole number" if whole else "a number"
+        kind = "a whole number" if integer else "a number"
         raise InputError(
             f"{name} must be {kind} {wants}",
             got=repr(value),
@@ -248,22 +252,18 @@ def check_controllers(controllers: Any) -> None:
     Raises:
         InputError: If one is no controller, two are of one class, or two that act turn one knob.
     """
-    if isinstance(controllers, Controller) or not isinstance(controllers, Sequence):
-        raise InputError(
-            "controllers must be a list", got=repr(controllers), fix="Write controllers=[EquilibriumLR()]."
-        )
-    for controller in controllers:
-        if not isinstance(controller, Controller):
-            raise InputError(
-                "controllers must be Controller values",
-                got=repr(controller),
-                fix="Write controllers=[EquilibriumLR()].",
-            )
+    check_list(
+        "controllers",
+        controllers,
+        "Controller values",
+        lambda v: isinstance(v, Controller),
+        "EquilibriumLR()",
+    )
     acting = [controller for controller in controllers if not controller.dry_run]
     knobs = [knob for controller in acting for knob in sorted(controller.turns())]
     for knob in knobs:
         if knobs.count(knob) > 1:
-            names = [type(one).__name__ for one in acting if knob in one.turns()]
+            names = [type(rival).__name__ for rival in acting if knob in rival.turns()]
             raise InputError(
                 f"two controllers would turn one knob, the {knob.replace('_', ' ')}",
                 got=" and ".join(names),
@@ -314,10 +314,10 @@ def with_needed(
 def _written(observable: Observable) -> str:
     """The call that makes an observable, without what is left at its default."""
     plain = type(observable)()
-    own = {
+    chosen = {
         name: value
         for name, value in vars(observable).items()
         if name not in ("schedule", "sampling", "estimator") and value != getattr(plain, name)
     }
-    settings = ", ".join(f"{name}={value!r}" for name, value in own.items())
+    settings = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
     return f"{type(observable).__name__}({settings})"

@@ -119,7 +119,7 @@ class NoiseScaleBatchSize(Controller):
         for name in ("check_every", "patience", "max_batch_size"):
             value = getattr(self, name)
             if value is not None or name != "max_batch_size":
-                check_number(name, value, least=1, whole=True)
+                check_number(name, value, least=1, integer=True)
         check_dry_run(self.dry_run)
 
     def turns(self) -> frozenset[str]:
@@ -178,20 +178,20 @@ class NoiseScaleBatchSize(Controller):
 
     def decide(self, view: View, state: State) -> tuple[list[Decision], State, str]:
         """One check: twice the batch, or the reason for none."""
-        found = self._find(view, state)
-        streak = 0 if found.calls_for_more is False else state["streak"] + bool(found.calls_for_more)
-        why_not = found.why_not
+        scale = self._find(view, state)
+        streak = 0 if scale.calls_for_more is False else state["streak"] + bool(scale.calls_for_more)
+        why_not = scale.why_not
         if not why_not and streak < self.patience:
             why_not = f"called for at {streak} of the {self.patience} checks in a row that are asked for"
         waited = 0 if self._followed(view, state) else state["waited"] + 1
         after = {**state, "next": view.step + self.check_every, "streak": streak, "waited": waited}
-        made = [self._decision(view, "batch_size", found.batch, 1.0 if why_not else GROWTH, why_not)]
+        made = [self._decision(view, "batch_size", scale.batch, 1.0 if why_not else GROWTH, why_not)]
         if not why_not:
-            factor = self._rate_factor(view, found)
+            factor = self._rate_factor(view, scale)
             after |= {
                 "streak": 0,
                 "grown": state["grown"] * GROWTH,
-                "asked": found.batch * GROWTH,
+                "asked": scale.batch * GROWTH,
                 "factor": state["factor"] * factor,
             }
             if self.sampler is not None:
@@ -201,7 +201,7 @@ class NoiseScaleBatchSize(Controller):
             if factor != 1.0:
                 before = view.groups[0].lr * (state["factor"] if self.dry_run else 1.0)
                 made.append(self._decision(view, "learning_rate", before, factor, ""))
-        return made, after, self._advice(found.batch, state) if waited > 1 else ""
+        return made, after, self._advice(scale.batch, state) if waited > 1 else ""
 
     def _find(self, view: View, state: State) -> _Found:
         """Whether the noise scale calls for more."""
@@ -250,13 +250,13 @@ class NoiseScaleBatchSize(Controller):
             "It does nothing more until then."
         )
 
-    def _rate_factor(self, view: View, found: _Found) -> float:
+    def _rate_factor(self, view: View, scale: _Found) -> float:
         """What the learning rate is multiplied by when the batch is doubled."""
         if self.learning_rate == "keep":
             return 1.0
         if self.learning_rate == "noise":
             return float(GROWTH)
-        ratio = (1 + found.scale / found.batch) / (1 + found.scale / (GROWTH * found.batch))
+        ratio = (1 + scale.scale / scale.batch) / (1 + scale.scale / (GROWTH * scale.batch))
         return ratio if all(group.is_sgd for group in view.groups) else math.sqrt(ratio)
 
     def _decision(self, view: View, knob: str, before: float, factor: float, why_not: str) -> Decision:

@@ -76,7 +76,7 @@ class JacobianRegularizer:
         """Check both numbers."""
         check_number("strength", self.strength, least=0, below=math.inf)
         if self.num_projections is not None:
-            check_number("num_projections", self.num_projections, least=1, whole=True)
+            check_number("num_projections", self.num_projections, least=1, integer=True)
 
     def __call__(self, x: Tensor, logits: Tensor) -> Tensor:
         """The term, in float32 at least."""

@@ -118,11 +118,11 @@ class EquilibriumLR(Controller):
         check_number("factor", self.factor, above=0, below=1)
         check_number("tolerance", self.tolerance, above=0)
         check_number("min_lr", self.min_lr, least=0)
-        check_number("warmup_steps", self.warmup_steps, least=0, whole=True)
-        check_number("max_drops", self.max_drops, least=1, whole=True)
+        check_number("warmup_steps", self.warmup_steps, least=0, integer=True)
+        check_number("max_drops", self.max_drops, least=1, integer=True)
         for name in ("patience", "check_every"):
             if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), least=1, whole=True)
+                check_number(name, getattr(self, name), least=1, integer=True)
         check_dry_run(self.dry_run)
 
     def observables(self) -> tuple[Observable, ...]:
@@ -132,11 +132,14 @@ class EquilibriumLR(Controller):
 
     def accepts(self, observable: Observable) -> bool:
         """Any that decides by the same test; Yaida's policy needs the ratio only."""
-        (own,) = self.observables()
-        assert isinstance(own, FluctuationDissipation)
+        (needed,) = self.observables()
+        assert isinstance(needed, FluctuationDissipation)
         return isinstance(observable, FluctuationDissipation) and (
             self.policy == "yaida"
-            or (observable.test == own.test and (own.test == "sasa" or observable.tolerance == own.tolerance))
+            or (
+                observable.test == needed.test
+                and (needed.test == "sasa" or observable.tolerance == needed.tolerance)
+            )
         )
 
     def start(self) -> State:
@@ -169,10 +172,10 @@ class EquilibriumLR(Controller):
         return decisions, memory, _KEEPS_MOVING if falling else self._decay_missing(view, targets)
 
     def _check(
-        self, view: View, name: str, members: Sequence[int], held: State | None, moved: bool
+        self, view: View, name: str, members: Sequence[int], state: State | None, moved: bool
     ) -> tuple[Decision, State]:
         """The decision on some parameter groups, and what is remembered of them."""
-        target = held or {"factor": 1.0, "drops": 0, "streak": 0}
+        target = state or {"factor": 1.0, "drops": 0, "streak": 0}
         finding = self._finding(view, members, moved)
         streak = target["streak"] + 1 if finding.settled else 0
         rates = [view.groups[i].lr for i in members if view.groups[i].lr > 0]

@@ -112,13 +112,15 @@ class ControlPanel:
             if not controller.dry_run:
                 controller.apply(state)
         self._hooks: list[RemovableHandle] = []
-        if any("learning_rate" in one.turns() and not one.dry_run for one in controllers):
+        if any("learning_rate" in acting.turns() and not acting.dry_run for acting in controllers):
             self._attach(optimizer)
 
     @property
     def feeds(self) -> set[str]:
         """Groups of readings that controllers decide by."""
-        return {observable.group for one in self._controllers for observable in one.observables()}
+        return {
+            observable.group for controller in self._controllers for observable in controller.observables()
+        }
 
     @property
     def accumulation(self) -> int | None:
@@ -134,7 +136,7 @@ class ControlPanel:
     def _effects_of(self, states: Sequence[State]) -> list[Effect]:
         """What memories mean for the run, those of dry runs left out."""
         pairs = zip(self._controllers, states, strict=True)
-        return [one.effect(state) for one, state in pairs if not one.dry_run]
+        return [controller.effect(state) for controller, state in pairs if not controller.dry_run]
 
     def due(self, step: int, recorded: set[str]) -> bool:
         """Whether anything is to be decided now; the same on every process.
@@ -212,7 +214,7 @@ class ControlPanel:
     def _set_factors(self) -> None:
         factors = [effect.factors for effect in self._effects]
         self.rates.factors = [
-            math.prod((one.get("", 1.0) * one.get(name, 1.0) for one in factors), start=1.0)
+            math.prod((factor.get("", 1.0) * factor.get(name, 1.0) for factor in factors), start=1.0)
             for name in self._names()
         ]
 
@@ -222,7 +224,7 @@ class ControlPanel:
         after = optimizer.register_step_post_hook(self._after_step)
         self._hooks = [before, after]
         hooks = before.hooks_dict_ref() or {}
-        if any(isinstance(getattr(one, "__self__", None), ControlPanel) for one in [*hooks.values()][:-1]):
+        if any(isinstance(getattr(hook, "__self__", None), ControlPanel) for hook in [*hooks.values()][:-1]):
             self.close()
             raise InputError(
                 "controllers of another monitor already turn this optimizer's learning rate",
@@ -286,7 +288,8 @@ class ControlPanel:
         pairs = zip(self._controllers, self._states, strict=True)
         return {
             "controllers": {
-                type(one).__name__: {"memory": state, "dry_run": one.dry_run} for one, state in pairs
+                type(controller).__name__: {"memory": state, "dry_run": controller.dry_run}
+                for controller, state in pairs
             },
             "decisions": [decision.plain() for decision in self.decisions],
             "changes": self.changes,
@@ -304,16 +307,16 @@ class ControlPanel:
             What the user must be told.
         """
         messages = []
-        left = {name for name, held in saved["controllers"].items() if not held["dry_run"]}
+        left = {name for name, memory in saved["controllers"].items() if not memory["dry_run"]}
         for index, controller in enumerate(self._controllers):
             name = type(controller).__name__
-            held = saved["controllers"].get(name)
-            if held is None:
+            memory = saved["controllers"].get(name)
+            if memory is None:
                 continue
-            if held["dry_run"] == controller.dry_run:
-                self._states[index] = held["memory"]
+            if memory["dry_run"] == controller.dry_run:
+                self._states[index] = memory["memory"]
                 left.discard(name)
-            elif held["dry_run"]:
+            elif memory["dry_run"]:
                 messages.append(f"{name} was a dry run in the checkpoint, and acts now: it begins anew.")
         if left and saved["changes"]:
             messages.append(
@@ -358,11 +361,11 @@ def _checked(controller: Controller, state: State) -> State:
 
 def _bounded(decisions: list[Decision]) -> list[Decision]:
     """The latest changes and refusals of each controller."""
-    kept: list[Decision] = []
+    latest: list[Decision] = []
     counts: Counter[tuple[str, bool]] = Counter()
     for decision in reversed(decisions):
         kind = decision.controller, decision.wanted
         counts[kind] += 1
         if counts[kind] <= _KEPT:
-            kept.append(decision)
-    return kept[::-1]
+            latest.append(decision)
+    return latest[::-1]

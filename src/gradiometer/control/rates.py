@@ -48,14 +48,17 @@ class Rates:
         self.restore()
         for group, factor in zip(self.optimizer.param_groups, self.factors, strict=False):
             if factor != 1.0:
-                own, group["lr"] = group["lr"], group["lr"] * factor  # several groups may share one tensor
-                self._kept.append((group, own, group["lr"]))
+                written, group["lr"] = (
+                    group["lr"],
+                    group["lr"] * factor,
+                )  # several groups may share one tensor
+                self._kept.append((group, written, group["lr"]))
 
     def restore(self) -> None:
         """Put the rates back; one that the optimizer wrote itself stays as written."""
-        for group, own, in_force in self._kept:
+        for group, written, in_force in self._kept:
             if group["lr"] is in_force:
-                group["lr"] = own
+                group["lr"] = written
         self._kept = []
 
     def around(self, closure: Closure) -> Closure:
@@ -84,5 +87,5 @@ class Rates:
 
     def written(self) -> list[float]:
         """The rates as the script wrote them, without the factors."""
-        own = {id(group): rate for group, rate, _ in self._kept}
-        return [float(own.get(id(group), group["lr"])) for group in self.optimizer.param_groups]
+        rates = {id(group): rate for group, rate, _ in self._kept}
+        return [float(rates.get(id(group), group["lr"])) for group in self.optimizer.param_groups]

@@ -59,9 +59,9 @@ class StopWhenSettled(Controller):
     def __post_init__(self) -> None:
         """Refuse settings that no run can use."""
         check_number("tolerance", self.tolerance, above=0)
-        check_number("patience", self.patience, least=1, whole=True)
+        check_number("patience", self.patience, least=1, integer=True)
         if self.check_every is not None:
-            check_number("check_every", self.check_every, least=1, whole=True)
+            check_number("check_every", self.check_every, least=1, integer=True)
         check_dry_run(self.dry_run)
 
     def observables(self) -> tuple[Observable, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..collect.registry import COLLECTORS
+from ..collect.snapshot import Snapshot, present_name
+from ..errors import InputError, check_list
 from ..observables import Observable
 
 
@@ -44,12 +45,8 @@ def check_run(
             f"{type(model).__name__} has no trainable parameter",
             fix="Call model.requires_grad_(True) on the part that is trained.",
         )
-    if not isinstance(recorders, Sequence) or not all(callable(recorder) for recorder in recorders):
-        raise InputError(
-            "recorders must be a list of callables (step, readings) -> None",
-            got=repr(recorders),
-            fix='Write recorders=[TensorBoardRecorder("runs/a")].',
-        )
+    of = "callables (step, readings) -> None"
+    check_list("recorders", recorders, of, callable, 'TensorBoardRecorder("runs/a")')
     if forward is not None and not callable(forward):
         raise InputError(
             "forward must be a callable (model, x) -> outputs [N, O]",
@@ -95,20 +92,11 @@ def check_settings(
     Raises:
         InputError: With what to write instead.
     """
-    if isinstance(observables, Observable) or not isinstance(observables, Sequence):
-        raise InputError(
-            "observables must be a list of Observable values",
-            got=repr(observables),
-            fix="Write observables=[NeuralTangentKernel(), GradientNoiseScale()].",
-        )
+    example = "NeuralTangentKernel(), GradientNoiseScale()"
+    check_list("observables", observables, "Observable values", lambda v: isinstance(v, Observable), example)
     for observable in observables:
-        if not isinstance(observable, Observable):
-            raise InputError(
-                "observables must be Observable values",
-                got=repr(observable),
-                fix="Write observables=[NeuralTangentKernel(), GradientNoiseScale()].",
-            )
         observable.check_words(observable.checks)
+        _check_needs(observable)
     groups = [observable.group for observable in observables]
     twice = {group for group in groups if groups.count(group) > 1}
     if twice:
@@ -139,3 +127,13 @@ def check_settings(
         raise InputError("unknown on_error", got=repr(on_error), fix='Write "warn" or "raise".')
     if budget is not None and (not isinstance(budget, (int, float)) or not 0 < budget < 1):
         raise InputError("budget is a share between 0 and 1", got=repr(budget), fix="Write budget=0.05.")
+
+
+def _check_needs(observable: Observable) -> None:
+    """Refuse an observable that asks for a field nobody supplies."""
+    for name in sorted(observable.required(recording=True) | observable.optional):
+        if present_name(name) not in Snapshot.__annotations__:
+            raise InputError(
+                f"{type(observable).__name__} needs the field {name!r}, and nobody supplies it",
+                fix=f"Write one of {', '.join(sorted(COLLECTORS))}, or register a collector for it.",
+            )

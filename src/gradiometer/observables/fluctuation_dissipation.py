@@ -507,7 +507,7 @@ def _residual(violation: Floats, weights: Floats, right: Floats) -> Estimate:
     mean = weights @ parts / weights.sum()
     without = _ratio(weights.sum() * mean - weights * parts, weights.sum() - weights)
     error, groups = _block_error(mean[None], without, weights)
-    value, stderr = (float(_ratio(each, right)[0]) for each in (mean, error))
+    value, stderr = (float(_ratio(left, right)[0]) for left in (mean, error))
     half = t_quantile(groups) * stderr
     return Estimate(value, stderr, value - half, value + half)
 
@@ -556,10 +556,10 @@ def _window(now: Mapping[str, Tensor], reference: Reference) -> _Window | None:
     steps, settings = path["updates"], path["settings"]
     lr, momentum, dampening, nesterov, is_sgd, _ = settings[-1].T
     same = (settings == settings[-1]).all((0, 2))
-    own = same & (is_sgd > 0)
+    alone = same & (is_sgd > 0)
     lr = np.where(same, lr, settings[..., 0].mean(0))
     moves = lr > 0
-    form = _Form(np.where(moves, lr, 1.0), momentum * own, dampening * own, nesterov * own)
+    form = _Form(np.where(moves, lr, 1.0), momentum * alone, dampening * alone, nesterov * alone)
     velocity = "displacement_dot_velocity"
     averages = {name: value.numpy() for name, value in now.items()}
     right = form.right(averages["displacement_sq"], averages.get(velocity, 0.0)) * moves
@@ -569,7 +569,7 @@ def _window(now: Mapping[str, Tensor], reference: Reference) -> _Window | None:
     violation = None
     if "weight_dot_gradient" in now:
         displaced = blocks["weight_dot_displacement"] / form.lr
-        work = np.where(own, blocks["weight_dot_gradient"], displaced) * moves
+        work = np.where(alone, blocks["weight_dot_gradient"], displaced) * moves
         violation = work - rights + np.diff(level, axis=0) / np.diff(steps)[:, None]
     return _Window(
         left,

@@ -184,8 +184,8 @@ def suggest_learning_rate(
     kind: CurvatureKind = curvature or ("gauss_newton" if loss_fn is None else "hessian")
     limit = stability_limit(momentum, dampening, nesterov)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    known = checked_weights(weights, parameters)
-    gains = [known.get(name, 1.0) for name in parameters]
+    checked = checked_weights(weights, parameters)
+    gains = [checked.get(name, 1.0) for name in parameters]
     with as_training(model):
         metric = Curvature(
             model,

@@ -239,7 +239,7 @@ class NeuralTangentKernel(Observable):
     def levels(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """The kernel at this step, and that of the targets where there are any."""
         probe = snapshot.probe
-        found, width = probed_kernel(
+        kernels, width = probed_kernel(
             snapshot.model,
             probe.inputs,
             outputs=self.outputs,
@@ -250,7 +250,7 @@ class NeuralTangentKernel(Observable):
             forward=snapshot.forward,
             max_memory=self.max_memory,
         )
-        kernel = found[""]
+        kernel = kernels[""]
         levels = {"kernel": kernel}
         if self.outputs == "trace" and kernel.ndim == 3:  # one estimate per projection
             levels["kernel"] = kernel.mean(-1)
@@ -328,8 +328,8 @@ def _flat(kernel: Tensor) -> Tensor:
 
 def _off_diagonal(kernel: Tensor) -> Tensor:
     """Norm of the blocks between different outputs over that of all, ``[N, N, O, O]``."""
-    own = kernel.diagonal(dim1=2, dim2=3)
-    return (1 - own.square().sum() / kernel.square().sum()).clamp(min=0).sqrt()
+    variances = kernel.diagonal(dim1=2, dim2=3)
+    return (1 - variances.square().sum() / kernel.square().sum()).clamp(min=0).sqrt()
 
 
 def _keep(kernel: Tensor, keep: Tensor) -> Tensor:

@@ -107,8 +107,8 @@ def _lines(path: str | Path) -> Iterator[dict[str, Any]]:
             header = json.loads(next(lines, "{}"))
         except json.JSONDecodeError:
             header = {}
-        known = isinstance(header, dict) and header.get("format") == RECORD_FORMAT
-        if not known or header["version"] > RECORD_FORMAT_VERSION:
+        readable = isinstance(header, dict) and header.get("format") == RECORD_FORMAT
+        if not readable or header["version"] > RECORD_FORMAT_VERSION:
             raise InputError(
                 f"not a {RECORD_FORMAT} file of version {RECORD_FORMAT_VERSION} or older",
                 got=f"{path}",

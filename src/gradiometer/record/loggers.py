@@ -31,7 +31,7 @@ class LoggersRecorder:
     def __init__(self, loggers: Sequence[Any], *, layout: bool = False, prefix: str = "dynamics") -> None:
         self._loggers = list(loggers)
         self._prefix, self._layout = prefix, layout
-        self._boards = [one for one in self._loggers if type(one).__name__ == "TensorBoardLogger"]
+        self._boards = [logger for logger in self._loggers if type(logger).__name__ == "TensorBoardLogger"]
         self._expected: dict[str, Quantity] = {}
 
     def expect(self, quantities: Mapping[str, Quantity]) -> None:

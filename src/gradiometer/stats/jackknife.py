@@ -154,12 +154,12 @@ def jackknife_covariance(full: Tensor, left_out: Tensor, weights: Tensor) -> Blo
     if len(weights) < _FEWEST_GROUPS:
         return unresolved
     values, shares = _pseudo_values(full, left_out, weights)
-    each = lumping(values, shares)
-    groups = int(each.groups.min())
+    lumps = lumping(values, shares)
+    groups = int(lumps.groups.min())
     if groups == 0:
         return unresolved
     values, shares = _lump(values, shares, groups)
-    centred = (values - shares @ values) * np.sqrt(each.inflation)
+    centred = (values - shares @ values) * np.sqrt(lumps.inflation)
     matrix = (centred.T * (shares**2 / (1 - shares))) @ centred
     return BlockCovariance(torch.from_numpy(matrix).to(full.dtype), len(shares))
 
@@ -218,9 +218,9 @@ def lumping(means: Floats, weights: Floats) -> Lumping:
     effective = weights.sum() ** 2 / (weights @ weights)
     times = effective * np.interp(-ratio, _minus_expected_ratio(blocks), _LENGTHS)
     groups = np.clip(times // _GROUP_LENGTH, _FEWEST_GROUPS, min(round(effective), _MOST_GROUPS))
-    whole, part = _mean_variance(times), _mean_variance(times / groups)
+    total, part = _mean_variance(times), _mean_variance(times / groups)
     resolved = (times >= _FEWEST_GROUPS) & (round(effective) >= _FEWEST_GROUPS)
-    return Lumping(np.where(resolved, groups, 0).astype(np.int64), (groups - 1) * whole / (part - whole))
+    return Lumping(np.where(resolved, groups, 0).astype(np.int64), (groups - 1) * total / (part - total))
 
 
 @lru_cache(maxsize=256)
@@ -319,8 +319,8 @@ def ratio_interval(
 def _minus_expected_ratio(blocks: int) -> Floats:
     """Von Neumann's ratio of an exponentially correlated series, by block length; it falls with it."""
     neighbours = np.expm1(-_LENGTHS) ** 2 / _LENGTHS**2
-    block, whole = _mean_variance(_LENGTHS), _mean_variance(blocks * _LENGTHS)
-    return -(block - neighbours) * (blocks - 1) / (blocks * (block - whole))
+    block, total = _mean_variance(_LENGTHS), _mean_variance(blocks * _LENGTHS)
+    return -(block - neighbours) * (blocks - 1) / (blocks * (block - total))
 
 
 def _mean_variance(times: Floats) -> Floats:
@@ -331,9 +331,9 @@ def _mean_variance(times: Floats) -> Floats:
 @np.errstate(over="ignore", invalid="ignore")  # a run may diverge
 def _pseudo_values(full: Tensor, left_out: Tensor, weights: Tensor) -> tuple[Floats, Floats]:
     """What each block says on its own, ``[n, R]``; for an average the block means. And their shares."""
-    shares, without, whole = (t.cpu().numpy().astype(np.float64) for t in (weights, left_out, full))
+    shares, without, of_all = (t.cpu().numpy().astype(np.float64) for t in (weights, left_out, full))
     shares /= shares.sum()
-    return without + (whole - without) / shares[:, None], shares
+    return without + (of_all - without) / shares[:, None], shares
 
 
 def _lump(values: Floats, shares: Floats, groups: int) -> tuple[Floats, Floats]:

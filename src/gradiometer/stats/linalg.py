@@ -97,7 +97,7 @@ def gram_matrix(left: Tensor, right: Tensor, *, same: bool = False) -> Tensor:
     if not same or rows < 256:
         return left @ right.mT
     if left.ndim > 2:
-        return torch.stack([gram_matrix(one, one, same=True) for one in left])
+        return torch.stack([gram_matrix(block, block, same=True) for block in left])
     product = left.new_empty(rows, rows)
     edges = [i * rows // 4 for i in range(5)]
     for begin, end in pairwise(edges):

@@ -182,8 +182,8 @@ def stationary(
         if first == last:
             return 0.0
         part = sums[last] - sums[first]
-        own = part / (samples[last] - samples[first]) if part > 0 else mean_right
-        return abs(float(level[last] - level[first])) / float((steps[last] - steps[first]) * own)
+        rate = part / (samples[last] - samples[first]) if part > 0 else mean_right
+        return abs(float(level[last] - level[first])) / float((steps[last] - steps[first]) * rate)
 
     def settled(last: int) -> bool:
         middle = _nearest(steps, last, 0.5)
