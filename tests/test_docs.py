@@ -10,10 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from gradiometer import Monitor, Quantity
+from gradiometer import Monitor, Quantity, empirical_ntk
+from gradiometer.autodiff import rules
+from gradiometer.collect.base import Step, Training
+from gradiometer.collect.sections import Sections
 from gradiometer.control import panel
 from gradiometer.engine import cost
 from gradiometer.observables import OBSERVABLES
+from gradiometer.optimizers import base as families
+from gradiometer.optimizers import rebuilds, squared_displacements
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,10 +79,27 @@ def test_every_row_says_how_the_number_is_made_and_what_it_tells(kind):
         assert words.tells, name
 
 
-def test_the_example_of_a_readings_words_runs():
-    code = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## A reading's words")[2]
+@pytest.fixture
+def nothing_stays_registered():
+    tables = (rules.RULES, families._FAMILIES)
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+    rules._unverified.clear()
+
+
+def page(title):
+    """What the example on a page of CONTRIBUTING.md defines."""
+    code = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition(f"## {title}\n")[2]
     names = {"__name__": "example"}
     exec(code.split("```python\n")[1].split("```")[0], names)
+    return names
+
+
+def test_the_example_of_a_readings_words_runs():
+    names = page("A reading's words")
     model = nn.Linear(200, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for size, said in ((0.01, "the weights are of one size."), (100.0, "a few weights are far larger")):
@@ -92,6 +114,44 @@ def test_the_example_of_a_readings_words_runs():
             optimizer.step()
         assert said in monitor.table()
     assert names["WeightSpread"].key(names["CREST"]) == "weights/crest"
+
+
+def test_the_example_of_a_collector_runs():
+    names = page("Add a collector")
+    model = nn.Linear(1, 1, bias=False)
+    training = Training(model, sgd := torch.optim.SGD(model.parameters(), lr=0.1))
+    collector = names["LargestGradient"](training, Step(0, Sections(model, sgd, ["0"]), grad_scale=2.0), {})
+    (6 * model(torch.ones(1, 1))).sum().backward()
+    collector.before_step()
+    assert collector.result() == 3.0
+    assert collector.stages == {"before_step"}
+
+
+def test_the_example_of_a_layer_rule_runs(nothing_stays_registered):
+    names = page("Add a layer rule")
+    x = torch.tensor([[1.0, 2.0]])
+    torch.testing.assert_close(empirical_ntk(names["Scale"](2), x), torch.tensor([[2.5]]).double())
+
+
+def test_the_example_of_a_controller_runs():
+    names = page("Add a controller")
+    model = nn.Linear(2, 1)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = names["StopWhenLazy"]()
+    monitor = Monitor(model, sgd, controllers=[controller], on_error="raise")
+    assert not monitor.should_stop
+    assert controller.effect({"next": 0, "stop": True}).stop
+    monitor.close()
+
+
+def test_the_example_of_an_optimizer_runs(nothing_stays_registered):
+    names = page("Add an optimizer")
+    weights = [nn.Parameter(torch.tensor([3.0, -4.0]))]
+    optimizer = names["SignSGD"](weights, lr=0.5)
+    weights[0].square().sum().backward()
+    assert rebuilds(optimizer)
+    optimizer.step()
+    assert squared_displacements(optimizer, optimizer.param_groups[0]).item() == pytest.approx(0.5)
 
 
 # -- renaming a reading touches the file that makes it, its row and its tests ------------------------
