@@ -32,6 +32,15 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
 
+class OtherName(torch.optim.Optimizer):
+    """Hands everything on, as the wrappers of frameworks do, under a name that nobody listed."""
+
+    __init__ = AcceleratedOptimizer.__init__
+    step, zero_grad = AcceleratedOptimizer.step, AcceleratedOptimizer.zero_grad
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+
+
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -78,8 +87,9 @@ def read(kind, wrap):
         lambda model, inner: AcceleratedOptimizer(inner),
         fabric,
         lambda model, inner: AcceleratedOptimizer(AcceleratedOptimizer(inner)),
+        lambda model, inner: OtherName(inner),
     ],
-    ids=["accelerate", "fabric", "twice"],
+    ids=["accelerate", "fabric", "twice", "another name"],
 )
 def test_a_wrapped_optimizer_reads_as_the_one_inside(kind, wrap):
     plain = read(kind, lambda model, inner: inner)

@@ -236,11 +236,21 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
     """The optimizer inside the wrappers of Accelerate (and so of Hugging Face), Fabric and Lightning.
 
     Args:
-        optimizer: Any optimizer; one that is not wrapped, or wrapped by something else, is returned as it is.
+        optimizer: Any optimizer. Another wrapper is looked through where it has no hooks of its own and shows the
+            state of the optimizer inside; what is not wrapped is returned as it is.
     """
-    while any(kind.__name__ in _WRAPPERS for kind in type(optimizer).__mro__):
+    while _hands_on(optimizer):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
+
+
+def _hands_on(optimizer: Optimizer) -> bool:
+    """Whether an optimizer does nothing but call the one inside it."""
+    if any(kind.__name__ in _WRAPPERS for kind in type(optimizer).__mro__):
+        return True
+    inner = getattr(optimizer, "optimizer", None)
+    without_hooks = "_optimizer_step_post_hooks" not in vars(optimizer)
+    return without_hooks and isinstance(inner, Optimizer) and optimizer.state is inner.state
 
 
 def family_of(optimizer: Optimizer) -> Family:
