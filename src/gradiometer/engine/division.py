@@ -87,7 +87,10 @@ class Division:
         except Exception as error:
             if not self._guard.contains:
                 raise
-            self._guard.warn(f"scale-invariant weights are not told apart: {type(error).__name__}: {error}")
+            self._guard.warn(
+                "scale-invariant weights are read together with the others, because looking for them failed: "
+                f"{type(error).__name__}: {error}"
+            )
             return []
 
     def label(self, name: str) -> str:

@@ -245,9 +245,9 @@ class Monitor:
         step = self._step or self._begin_step()
         if not step.ready and step.takings:
             self.guard.warn(
-                "monitor.before_step() was not called before optimizer.step(): what needs the "
-                "gradient or the weights before the update is left out at such steps, and kernels "
-                "and Jacobians are those of the weights after it."
+                "monitor.before_step() was not called before optimizer.step(): readings that need the "
+                "unclipped gradient or the weights before the update are left out at such steps, and "
+                "kernels and Jacobians are those after the update."
             )
         self._measurement.look_at_update(step)
 

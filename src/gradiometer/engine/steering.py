@@ -97,7 +97,7 @@ class Steering:
         """One check of the controllers that are due."""
         if parallel.world_size() > 1 and not together:
             panel.off = True
-            self._guard.warn("controllers are off: they act on all processes or on none.")
+            self._guard.warn("controllers are off, because not all processes have the same monitor.")
             return []
         decisions, messages = panel.decide(view(panel.rates.written()), recorded, bool(together))
         # Settings does not read a rate on a device at every step, and would not see the jump
@@ -137,6 +137,6 @@ class Steering:
                 self._guard.warn(message)
         elif saved["changes"]:
             self._guard.warn(
-                f"the checkpoint holds changes made by {', '.join(saved['controllers'])}, which this monitor "
-                "does not have: what they changed goes on as the script sets it."
+                f"the checkpoint holds changes made by {', '.join(saved['controllers'])}, and this monitor has "
+                "no such controller: the learning rate and the batch size are those of the script again."
             )

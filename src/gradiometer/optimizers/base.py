@@ -236,8 +236,8 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
     """The optimizer inside the wrappers of Accelerate (and so of Hugging Face), Fabric and Lightning.
 
     Args:
-        optimizer: Any optimizer. Another wrapper is looked through where it has no hooks of its own and shows the
-            state of the optimizer inside; what is not wrapped is returned as it is.
+        optimizer: Any optimizer. Another wrapper is looked through where it has no hooks of its own and shows
+            the state of the optimizer inside; what is not wrapped is returned as it is.
     """
     while _hands_on(optimizer):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
