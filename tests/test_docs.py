@@ -133,17 +133,6 @@ def test_the_example_of_a_layer_rule_runs(nothing_stays_registered):
     torch.testing.assert_close(empirical_ntk(names["Scale"](2), x), torch.tensor([[2.5]]).double())
 
 
-def test_the_example_of_a_controller_runs():
-    names = page("Add a controller")
-    model = nn.Linear(2, 1)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    controller = names["StopWhenLazy"]()
-    monitor = Monitor(model, sgd, controllers=[controller], on_error="raise")
-    assert not monitor.should_stop
-    assert controller.effect({"next": 0, "stop": True}).stop
-    monitor.close()
-
-
 def test_the_example_of_an_optimizer_runs(nothing_stays_registered):
     names = page("Add an optimizer")
     weights = [nn.Parameter(torch.tensor([3.0, -4.0]))]

@@ -154,7 +154,7 @@ def malformed_rules():
     return [
         (forgets, "one factor for each parameter"),
         (invents, "one factor for each parameter"),
-        (another_shape, "no gradient of 'shift'"),
+        (another_shape, "gives no gradient \\[K, N, 3\\] of 'shift'"),
         (fails, "fails at module '1'"),
     ]
 

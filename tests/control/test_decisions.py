@@ -185,7 +185,7 @@ def test_a_checkpoint_without_the_controller_is_told():
     first = train(Monitor(*network(), [], controllers=[EverySecond()]))
     bare = Monitor(*network(), [Clock(schedule=1)])
     with pytest.warns(
-        MeasurementWarning, match="changes made by EverySecond, which this monitor does not have"
+        MeasurementWarning, match="changes made by EverySecond, and this monitor has no such controller"
     ):
         bare.load_state_dict(first.state_dict())
     with pytest.warns(MeasurementWarning, match="does not act on this run"):
@@ -344,15 +344,13 @@ def test_a_change_begins_windows_anew_also_where_the_run_stops_right_after_it():
 
 
 def test_the_controller_in_the_documents_runs():
-    page = (Path(__file__).parents[2] / "docs" / "control.md").read_text()
-    source = page.rpartition("```python\n")[2].partition("```")[0]
-    names = {}
-    exec(compile(source, "control.md", "exec"), names)
-    net, optimizer = network()
-    with torch.no_grad():
-        net.weight.mul_(100)
-    monitor = train(Monitor(net, optimizer, [], controllers=[names["Halve"]()]), 3)
-    assert [(one.reason, one.acted) for one in monitor.decisions] == [("too sensitive", True)]
+    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text().partition("## Add a controller\n")[2]
+    names = {"__name__": "example"}
+    exec(compile(page.split("```python\n")[1].partition("```")[0], "CONTRIBUTING.md", "exec"), names)
+    monitor = train(Monitor(*network(), [], controllers=[names["StopWhenLazy"](below=1.0)]), 1001)
+    (decision,) = monitor.decisions
+    assert (decision.step, decision.acted, monitor.should_stop) == (1000, True, True)
+    assert "it is" in decision.reason
 
 
 @dataclass(frozen=True)

@@ -745,3 +745,7 @@ def test_a_schedule_that_thins_out_counts_with_its_present_cadence():
             ledger.spent("ntk", step, 5.0)
         ledger.step_done(1.0, 5.0 if due else 0.0)
     assert ledger.shares()["ntk"] == pytest.approx(5 / 500)
+    assert "1 % of the loop" in ledger.describe()["ntk"]
+    for _ in range(5000):  # it was left out
+        ledger.step_done(1.0, 0.0)
+    assert "0.1 % of the loop" in ledger.describe()["ntk"]

@@ -118,9 +118,9 @@ class Session:
             self.monitor.load_state_dict(self._saved["monitor"])
             if self._saved["batches"] and not hasattr(loader, "state_dict"):
                 warnings.warn(
-                    f"the checkpoint was saved {self._saved['batches']} batches into an epoch, and this loader "
-                    "can only begin at the first batch: the epoch's batches are replayed, and readings go on "
-                    "from the saved state.",
+                    f"the checkpoint was saved {self._saved['batches']} batches into an epoch, and this "
+                    "loader can only begin at the first batch: the epoch's batches are replayed, and "
+                    "readings go on from the saved state.",
                     MeasurementWarning,
                     stacklevel=2,
                 )

@@ -210,8 +210,8 @@ def _warn_of_train_mode(model: nn.Module) -> None:
     }
     if switched:
         warnings.warn(
-            f"the model is in train mode, where {', '.join(sorted(switched))} computes something else: the kernel "
-            "is that of evaluation mode. Call model.eval() first if this is what you want.",
+            f"the model is in train mode, where {', '.join(sorted(switched))} computes something else: the "
+            "kernel is that of evaluation mode. Call model.eval() first if this is what you want.",
             stacklevel=3,
         )
 

@@ -314,7 +314,9 @@ def _compare(
     fix = "Return the gradient of each function k and example n: factor.dense(shape) is [K, N, p]."
     if gradient.ndim != 3 or gradient.shape[2] != expected.numel():
         raise InputError(
-            f"{described} gives no gradient of {name!r} at module {path!r}", got=list(gradient.shape), fix=fix
+            f"{described} gives no gradient [K, N, {expected.numel()}] of {name!r} at module {path!r}",
+            got=f"shape {list(gradient.shape)}",
+            fix=fix,
         )
     difference = float((gradient[at].double() - expected.reshape(-1).double()).norm())
     rounding = min(1e3 * torch.finfo(expected.dtype).eps, 0.1)

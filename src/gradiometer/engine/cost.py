@@ -60,6 +60,8 @@ class CostLedger:
         self._costs: dict[str, deque[float]] = {}
         self._gaps: dict[str, deque[int]] = {}
         self._last: dict[str, int] = {}
+        self._at: dict[str, int] = {}
+        self._done = 0
         self._steps: deque[float] = deque(maxlen=_KEPT)
         self._user_seconds = 0.0
         self._own_seconds = 0.0
@@ -80,7 +82,7 @@ class CostLedger:
                 self._gaps[name] = deque(maxlen=8)
             self._gaps[name].append(step - last)
         self._costs[name].append(seconds)
-        self._last[name] = step
+        self._last[name], self._at[name] = step, self._done
 
     def step_done(self, user_seconds: float, own_seconds: float) -> None:
         """Note one optimizer step.
@@ -89,6 +91,7 @@ class CostLedger:
             user_seconds: The loop's time without measuring.
             own_seconds: Time spent measuring.
         """
+        self._done += 1
         self._steps.append(user_seconds)
         self._user_seconds += user_seconds
         self._own_seconds += own_seconds
@@ -156,10 +159,11 @@ class CostLedger:
         self._gaps[name] = deque([round(2 * median(gaps))], maxlen=gaps.maxlen)
 
     def describe(self) -> dict[str, str]:
-        """Median cost per event and share, in words, by observable."""
-        shares = self.shares()
-        return {
-            name: f"{1000 * median(costs):.2g} ms each time"
-            + (f", {100 * shares[name]:.2g} % of the loop" if name in shares else "")
-            for name, costs in self._costs.items()
-        }
+        """Median cost per event and share, in words, by observable; one that was left out fades away."""
+        shares, words = self.shares(), {}
+        for name, costs in self._costs.items():
+            words[name] = f"{1000 * median(costs):.2g} ms each time"
+            if name in shares:
+                since = (self._done - self._at[name]) / max(median(self._gaps[name]), self._gaps[name][-1])
+                words[name] += f", {100 * shares[name] / max(since, 1.0):.2g} % of the loop"
+        return words

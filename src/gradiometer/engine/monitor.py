@@ -247,7 +247,7 @@ class Monitor:
             self.guard.warn(
                 "monitor.before_step() was not called before optimizer.step(): readings that need the "
                 "unclipped gradient or the weights before the update are left out at such steps, and "
-                "kernels and Jacobians are those after the update."
+                "kernels and Jacobians are taken on the weights after it."
             )
         self._measurement.look_at_update(step)
 

@@ -137,6 +137,6 @@ class Steering:
                 self._guard.warn(message)
         elif saved["changes"]:
             self._guard.warn(
-                f"the checkpoint holds changes made by {', '.join(saved['controllers'])}, and this monitor has "
-                "no such controller: the learning rate and the batch size are those of the script again."
+                f"the checkpoint holds changes made by {', '.join(saved['controllers'])}, and this monitor "
+                "has no such controller: learning rate and batch size are those of the script again."
             )
