@@ -484,3 +484,47 @@ def test_layers_as_an_argument_warn_and_still_give_the_layers():
         layers = empirical_ntk(model, x, layers=True)
     assert layers.keys() == {"0", "1"}
     assert torch.equal(layers["0"], layer_ntks(model, x)["0"])
+
+
+class Cornered(nn.Module):
+    """A unit stands at the corner of its activation for the first example; indices or numbers go in."""
+
+    def __init__(self, seed, activation, tokens):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table = nn.Embedding(50, 37) if tokens else nn.Identity()
+        self.first, self.second = nn.Linear(37, 64), nn.Linear(64, 3)
+        self.activation = activation
+        self.x = torch.randint(50, (4,)) if tokens else torch.randn(4, 37)
+        with torch.no_grad():
+            self.first.bias -= self.first(self.table(self.x[:1]))[0]
+
+    def forward(self, x):
+        return self.second(self.activation(self.first(self.table(x))))
+
+
+class CoupledAtCorners(Cornered):
+    """The same, and its gradients, not its outputs, know of the other examples."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        others = self.second.weight.sum() * (x.float().reshape(len(x), -1).mean(1).sum() - 7)
+        return out + (others - others.detach())
+
+
+@pytest.mark.parametrize("activation", [torch.relu, torch.abs], ids=["relu", "abs"])
+@pytest.mark.parametrize("tokens", [False, True], ids=["numbers", "tokens"])
+def test_a_unit_at_a_corner_is_no_coupling(activation, tokens):
+    flips = 0
+    for seed in range(8):
+        model = Cornered(seed, activation, tokens)
+        alone, company = (model.first(model.table(model.x[:n]))[0].sign() for n in (1, 2))
+        flips += int(not torch.equal(alone, company))
+        assert empirical_ntk(model, model.x).isfinite().all()
+    assert flips  # else this could not fail
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["numbers", "tokens"])
+def test_a_coupling_is_found_also_where_units_stand_at_corners(tokens):
+    model = CoupledAtCorners(0, torch.relu, tokens)
+    refused(UnsupportedError, "'second.weight' shows it", model=model, x=model.x)
