@@ -112,7 +112,8 @@ class DynamicsMonitor(Callback):
         """Build the engine on the optimizer that trains."""
         check_accumulation(trainer, self.session)
         logs = [LoggersRecorder(trainer.loggers, layout=self._layout, prefix=self._prefix)]
-        self.session.start(pl_module, trainer.optimizers, logs, trainer.train_dataloader, trainer.global_step)
+        loader, batches = trainer.train_dataloader, trainer.num_training_batches
+        self.session.start(pl_module, trainer.optimizers, logs, loader, trainer.global_step, batches)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

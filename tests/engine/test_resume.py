@@ -370,7 +370,7 @@ def test_lightning_in_the_middle_of_an_epoch_with_a_stock_loader_goes_on_from_th
     assert leaves_equal(state, saved_state(path)["monitor"])
     ours = [str(each.message) for each in caught if issubclass(each.category, MeasurementWarning)]
     assert len(ours) == 1
-    assert "resuming 2 batches into an epoch" in ours[0]
+    assert "saved 2 batches into an epoch" in ours[0]
     assert "readings go on from the saved state" in ours[0]
     assert min(step for step, _, _ in after) >= 7
 

@@ -69,11 +69,20 @@ def loss_scales(scaler: Any, optimizer: torch.optim.Optimizer) -> dict[str, floa
     return {"grad_scale": scale if fused else 1.0, "loss_scale": scale}
 
 
-def dataset_size_of(loader: Any) -> int | None:
-    """Examples behind a data loader, ``None`` where it has no length.
+def dataset_size_of(loader: Any, batches: float | None = None) -> int | None:
+    """Examples that a run trains on, ``None`` where the loader has no length.
 
     Args:
         loader: A data loader.
+        batches: How many of its batches an epoch takes; all of them when ``None``. Where the order is fixed,
+            the others are never seen.
+
+    Example:
+        >>> data = torch.utils.data.TensorDataset(torch.zeros(20))
+        >>> dataset_size_of(torch.utils.data.DataLoader(data, 4), batches=2)
+        8
+        >>> dataset_size_of(torch.utils.data.DataLoader(data, 4, shuffle=True), batches=2)
+        20
     """
     sampler = _sampler_of(loader)
     if isinstance(sampler, SubsetRandomSampler):
@@ -82,9 +91,23 @@ def dataset_size_of(loader: Any) -> int | None:
     if dataset is None:
         return None
     try:
-        return len(dataset)
+        size = len(dataset)
     except (TypeError, NotImplementedError):  # how a stream says that it has no length
         return None
+    batch_size = getattr(loader, "batch_size", None) or getattr(
+        getattr(loader, "batch_sampler", None), "batch_size", None
+    )
+    processes = _processes_in_order(sampler)
+    if batches is None or not isinstance(batch_size, int) or not processes:
+        return size
+    return int(min(size, batches * batch_size * processes))
+
+
+def _processes_in_order(sampler: Any) -> int:
+    """How many processes draw the examples in a fixed order; 0 where the order changes or is not known."""
+    if isinstance(sampler, DistributedSampler):
+        return 0 if sampler.shuffle else sampler.num_replicas
+    return int(isinstance(sampler, SequentialSampler))
 
 
 def _sampler_of(loader: Any) -> Any:

@@ -78,6 +78,7 @@ class Session:
         recorders: Sequence[Recorder] = (),
         loader: Any = None,
         step: int = 0,
+        batches: float | None = None,
     ) -> None:
         """Build the monitor, and continue from a state that was loaded or left by an earlier run.
 
@@ -88,6 +89,7 @@ class Session:
             loader: The training loader, for the size of the data set and how batches are drawn.
             step: The optimizer step at which training begins; controllers go on from an earlier run only
                 where that is not before its end.
+            batches: How many of the loader's batches an epoch takes; all of them when ``None``.
 
         Raises:
             InputError: If a controller cannot act on this run.
@@ -110,7 +112,7 @@ class Session:
             optimizers[0],
             recorders=recorders,
             forward=selected_forward(module, self._model, self._output_key),
-            dataset_size=dataset_size_of(loader),
+            dataset_size=dataset_size_of(loader, batches),
             replacement=replacement_of(loader),
             **self.arguments,
         )

@@ -22,9 +22,16 @@ from ..optimizers import GroupSettings
 from ..parallel import world_size
 from ..record.readings import Quantity, Reading, sibling
 from ..stats.estimators import Estimator, Reference, Window
-from ..stats.jackknife import jackknife_covariance, ratio_interval, t_quantile
 from ..stats.noise_scale import BATCH, gradient_noise_scale, moments_of_parts, sgd_noise_scale, solve
 from .base import Estimate, Numbers, Observable, Sample
+from .noise_resolution import (
+    OF_THE_DATA_SET,
+    beside_data_set,
+    critical_fraction,
+    not_measured,
+    ratio_of_scales,
+    resolved_scale,
+)
 from .relations import CrossCheck, differs
 from .schedules import Schedule
 
@@ -39,13 +46,12 @@ __all__ = [
 SCALE, SCALE_LOWER_BOUND, CRITICAL_BATCH_FRACTION = "scale", "scale_lower_bound", "critical_batch_fraction"
 TRACE, GRAD_SQ_NORM, BATCH_GRAD_SQ_NORM = "trace", "grad_sq_norm", "batch_grad_sq_norm"
 SOURCE_RATIO = "source_ratio"
-NEAR = 0.5
-"""B_simple above this share of the data set is said to be near it."""
 SMALL_BATCH, LARGE_BATCH = 0.1, 0.9
 """Critical-batch fraction below the first is noise-limited, above the second wasteful."""
 WITHOUT_REPLACEMENT = "batches are drawn without replacement"
-OF_THE_DATA_SET = "examples of the data set"
-"""Parts of notes that verdicts look for."""
+"""Part of a note that a verdict looks for."""
+LEAST_COVERAGE = 0.5
+"""Share of the parameters below which the scale would be that of the layers that happen to be seen."""
 
 
 def _reduction(loss_reduction: str) -> str:
@@ -386,21 +392,22 @@ class GradientNoiseScale(Observable):
                 fix="This step is left out; use batches of two or more examples, or accumulate.",
             )
         rows = self._measured(snapshot, first)
-        moments, weights, parameters = zip(*(rows[name] for name in self._rows), strict=True)
+        moments, weights, parameters, coverage = zip(*(rows[name] for name in self._rows), strict=True)
         statistics = {
             "moments": torch.stack(moments),
             "source_weight": torch.stack(weights),
             "parameters": torch.stack(parameters),
+            "coverage": torch.stack(coverage),
         }
-        settings = {"batch_size": float(snapshot.batch_size), **self._heat(snapshot)}
+        settings = {"batch_size": float(snapshot.batch_size), **_heat(snapshot)}
         if snapshot.has("dataset_size"):
             settings["dataset_size"] = float(snapshot.dataset_size)
         for name, value in settings.items():
             statistics[name] = first.sq_norms.new_full((), value)
         return Sample(statistics, first.weight)
 
-    def _measured(self, snapshot: Snapshot, first: GradientParts) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Moments, weight and number of parameters by row; zeros where a source was not measured."""
+    def _measured(self, snapshot: Snapshot, first: GradientParts) -> dict[str, tuple[Tensor, ...]]:
+        """Moments, weight, parameters and coverage by row; zeros where a source was not measured."""
         absent = torch.zeros_like(first.weight)
         moments = _moments_of(first, first)
         rows = {FIRST: (first, torch.ones_like(first.weight))}
@@ -418,27 +425,11 @@ class GradientNoiseScale(Observable):
             name: (
                 (moments if parts is first else _moments_of(parts, first)) * weight,
                 weight,
-                parts.parameters.sum() * weight,
+                parts.parameters * weight,
+                parts.coverage * weight,
             )
             for name, (parts, weight) in rows.items()
         }
-
-    @staticmethod
-    def _heat(snapshot: Snapshot) -> dict[str, float]:
-        """SGD's noise scale, and the temperature per unit of trace and parameter."""
-        first = snapshot.groups[0]
-        alike = len({(group.lr, group.momentum, group.dampening) for group in snapshot.groups}) == 1
-        if not alike or not all(group.is_sgd for group in snapshot.groups):
-            return {}
-        # a summed loss makes every gradient, and so every step, B times that of the mean loss
-        own_batch = snapshot.batch_size / world_size()  # processes average their gradients
-        lr = first.lr * (own_batch if snapshot.loss_reduction == "sum" else 1) * (1 - first.dampening)
-        if not snapshot.has("dataset_size"):
-            return {"heat": lr / (2 * snapshot.batch_size * (1 - first.momentum))}
-        replacement = snapshot.has("replacement") and snapshot.replacement
-        size = min(snapshot.batch_size, snapshot.dataset_size)
-        scale = sgd_noise_scale(lr, snapshot.dataset_size, size, first.momentum, replacement=replacement)
-        return {"sgd_scale": scale, "heat": scale / snapshot.dataset_size}
 
     def note(self, snapshot: Snapshot) -> str:
         """Source, reduction, coverage, sampling."""
@@ -459,28 +450,30 @@ class GradientNoiseScale(Observable):
         """Ratios of the averages with their intervals, in total and per section."""
         weights = reference.weights
         traces, signals = self._solved(now, self._main)
-        readings: dict[str, Tensor | Estimate] = {}
-        sections = traces.shape[-1]
-        for u in range(sections) if sections > 1 else ():
-            readings |= {f"trace/{u}": traces[..., u], f"grad_sq_norm/{u}": signals[..., u]}
-            scales = resolved_scale(traces[..., u], signals[..., u], weights)
-            readings |= {f"{name}/{u}": value for name, value in scales.items()}
+        readings = self._of_sections(now, traces, signals, weights)
         trace, signal = traces.sum(-1), signals.sum(-1)
         readings |= {"trace": trace, "grad_sq_norm": signal}
         main = self._rows.index(self._main)
+        coverage = float(now["coverage"][0, main] / now["source_weight"][0, main])
         batch_sq_norm = now["moments"][:, main, BATCH].sum(-1)
         readings["batch_grad_sq_norm"] = batch_sq_norm / now["source_weight"][:, main]
         above, below = trace, signal
         if self._main == FULL:
             all_trace, all_signal = self._total(now, FIRST)
             paired_trace, paired_signal = self._total(now, _first_at(FULL))
-            readings["norm_layer_factor"] = (trace / signal) / (paired_trace / paired_signal)
+            readings["norm_layer_factor"] = ratio_of_scales(
+                resolved_scale(trace, signal, weights)["scale"],
+                resolved_scale(paired_trace, paired_signal, weights)["scale"],
+            )
             above, below = all_trace * trace * paired_signal, all_signal * signal * paired_trace
         scales = resolved_scale(above, below, weights)
-        if "dataset_size" in now:
-            scales["scale"] = _beside(scales["scale"], float(now["dataset_size"][0]))
+        if coverage < LEAST_COVERAGE:
+            unseen = not_measured(f"single parts of the batch show {100 * coverage:.0f} % of the parameters")
+            scales = dict.fromkeys((*scales, CRITICAL_BATCH_FRACTION), unseen)
+        elif "dataset_size" in now:
+            scales["scale"] = beside_data_set(scales["scale"], float(now["dataset_size"][0]))
+        readings[CRITICAL_BATCH_FRACTION] = critical_fraction(now["batch_size"], scales["scale"])
         readings |= scales
-        readings["critical_batch_fraction"] = _critical_fraction(now["batch_size"], scales["scale"])
         readings |= self._noise_of_sgd(now, reference, trace)
         if self.cross_check is not None:
             readings["source_ratio"] = self._total(now, CHECK)[0] / self._total(now, _first_at(CHECK))[0]
@@ -488,6 +481,25 @@ class GradientNoiseScale(Observable):
             trace, signal = self._total(now, PRECONDITIONED)
             readings |= {"preconditioned_trace": trace, "preconditioned_grad_sq_norm": signal}
             readings["preconditioned_scale"] = resolved_scale(trace, signal, weights)["scale"]
+        return readings
+
+    def _of_sections(
+        self, now: Mapping[str, Tensor], traces: Tensor, signals: Tensor, weights: Tensor
+    ) -> dict[str, Tensor | Estimate]:
+        """The same numbers for each section, where there are several."""
+        readings: dict[str, Tensor | Estimate] = {}
+        sections = traces.shape[-1]
+        covered = now["parameters"][0, self._rows.index(self._main)]
+        for u in range(sections) if sections > 1 else ():
+            if not bool(covered[u]):
+                unseen = not_measured("no parameter of this group is seen in parts of the batch")
+                readings |= {
+                    f"{name}/{u}": unseen for name in (TRACE, GRAD_SQ_NORM, SCALE, SCALE_LOWER_BOUND)
+                }
+                continue
+            readings |= {f"{TRACE}/{u}": traces[..., u], f"{GRAD_SQ_NORM}/{u}": signals[..., u]}
+            scales = resolved_scale(traces[..., u], signals[..., u], weights)
+            readings |= {f"{name}/{u}": value for name, value in scales.items()}
         return readings
 
     def _solved(self, now: Mapping[str, Tensor], row: str) -> tuple[Tensor, Tensor]:
@@ -509,7 +521,7 @@ class GradientNoiseScale(Observable):
             readings["sgd_scale"] = Estimate(_latest("sgd_scale", reference), 0.0)
         if "heat" in now:
             main = self._rows.index(self._main)
-            parameters = now["parameters"][:, main] / now["source_weight"][:, main]
+            parameters = now["parameters"][:, main].sum(-1) / now["source_weight"][:, main]
             temperature, epoch = _latest("heat", reference) / parameters * trace, ""
             if "dataset_size" in now:  # of the usual batch, not of a short one at the end of an epoch
                 epoch = f"{float((now['dataset_size'] / now['batch_size'])[0]):.3g} batches per epoch"
@@ -519,6 +531,23 @@ class GradientNoiseScale(Observable):
 
 BATCH_GRAD_SQ_NORM_KEY = GradientNoiseScale.key(BATCH_GRAD_SQ_NORM)
 """For the relation that another observable checks it by."""
+
+
+def _heat(snapshot: Snapshot) -> dict[str, float]:
+    """SGD's noise scale, and the temperature per unit of trace and parameter."""
+    first = snapshot.groups[0]
+    alike = len({(group.lr, group.momentum, group.dampening) for group in snapshot.groups}) == 1
+    if not alike or not all(group.is_sgd for group in snapshot.groups):
+        return {}
+    # a summed loss makes every gradient, and so every step, B times that of the mean loss
+    own_batch = snapshot.batch_size / world_size()  # processes average their gradients
+    lr = first.lr * (own_batch if snapshot.loss_reduction == "sum" else 1) * (1 - first.dampening)
+    if not snapshot.has("dataset_size"):
+        return {"heat": lr / (2 * snapshot.batch_size * (1 - first.momentum))}
+    replacement = snapshot.has("replacement") and snapshot.replacement
+    size = min(snapshot.batch_size, snapshot.dataset_size)
+    scale = sgd_noise_scale(lr, snapshot.dataset_size, size, first.momentum, replacement=replacement)
+    return {"sgd_scale": scale, "heat": scale / snapshot.dataset_size}
 
 
 def comparable(first: GradientParts, second: GradientParts) -> bool:
@@ -539,57 +568,7 @@ def _moments_of(parts: GradientParts, like: GradientParts) -> Tensor:
     return moments.to(like.sq_norms)
 
 
-def _critical_fraction(batch: Tensor, scale: Estimate) -> Estimate:
-    """``B / (B + B_simple)``, with the ends of the scale's interval."""
-    return Estimate(
-        batch / (batch + scale.value),
-        scale.stderr,
-        low=None if scale.high is None else float(batch[0] / (batch[0] + scale.high)),
-        high=None if scale.low is None else float(batch[0] / (batch[0] + scale.low)),
-        resolved=scale.resolved,
-    )
-
-
 def _latest(name: str, reference: Reference) -> float:
     """A setting as it was at the last records, since settings are not averaged."""
     weights = reference.block_weights
     return float(reference.block_means[name][-1]) if weights[-1] else math.nan
-
-
-def _beside(scale: Estimate, dataset_size: float) -> Estimate:
-    """The scale, with a word where it comes near the number of examples there are."""
-    value = float(scale.value[0])
-    least = scale.low if math.isnan(value) else value
-    if least is None or not least > NEAR * dataset_size:
-        return scale
-    beside = f"near the {dataset_size:.0f} {OF_THE_DATA_SET}, beyond which it cannot be measured"
-    return scale._replace(note="; ".join(filter(None, (scale.note, beside))))
-
-
-def resolved_scale(trace: Tensor, signal: Tensor, weights: Tensor) -> dict[str, Estimate]:
-    """Noise over signal and its lower bound; not resolved within two standard errors of no signal.
-
-    Args:
-        trace: Average of the noise and its replicates.
-        signal: Average of the signal and its replicates.
-        weights: Samples in each block that a replicate leaves out.
-
-    Shapes:
-        trace and signal ``[1 + g]``, weights ``[g]``.
-    """
-    ratio = torch.where((signal > 0) & (trace > 0), trace / signal, torch.nan)
-    rows = torch.stack([trace, signal], 1)
-    covariance = jackknife_covariance(rows[0], rows[1:], weights)
-    if not covariance.groups or not bool(rows.isfinite().all()):
-        unknown = {"stderr": math.nan, "low": math.nan, "high": math.nan}
-        return {"scale": Estimate(ratio, **unknown, resolved=False, note="its error is not known yet")}
-    (var_n, cov), (_, var_d) = covariance.matrix.tolist()
-    above, below = rows[0].tolist()
-    ends = ratio_interval(above, below, var_n, var_d, cov, t_quantile(covariance.groups))
-    low, high = (max(ends[0], 0.0), ends[1]) if ends[1] > 0 else (0.0, math.inf)
-    if below < 2 * var_d**0.5:
-        bound = f"at least {low:.3g}" if low > 0 else "without a bound"
-        scale = Estimate(ratio * math.nan, low=low, high=high, resolved=False, note=f"not resolved, {bound}")
-    else:
-        scale = Estimate(ratio, low=low, high=high)
-    return {"scale": scale, "scale_lower_bound": Estimate(low, math.nan)}

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..record.readings import Quantity
 from ..stats.estimators import Estimator, Reference, Window
 from .base import Estimate, Numbers, Observable, Sample
-from .gradient_noise_scale import resolved_scale
+from .noise_resolution import resolved_scale
 
 __all__ = [
     "NoiseCurvature",

@@ -1,0 +1,99 @@
+"""When the noise scale, a ratio of two averages, is resolved, and what is said of it where it is not."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..stats.jackknife import jackknife_covariance, ratio_interval, t_quantile
+from .base import Estimate
+
+NEAR = 0.5
+"""B_simple above this share of the data set is said to be near it."""
+OF_THE_DATA_SET = "examples of the data set"
+"""Part of a note that a verdict looks for."""
+
+
+def critical_fraction(batch: Tensor, scale: Estimate) -> Estimate:
+    """``B / (B + B_simple)``, with the ends of the scale's interval.
+
+    Args:
+        batch: Batch size and its replicates.
+        scale: The noise scale.
+    """
+    return Estimate(
+        batch / (batch + scale.value),
+        scale.stderr,
+        low=None if scale.high is None else float(batch[0] / (batch[0] + scale.high)),
+        high=None if scale.low is None else float(batch[0] / (batch[0] + scale.low)),
+        resolved=scale.resolved,
+    )
+
+
+def beside_data_set(scale: Estimate, dataset_size: float) -> Estimate:
+    """The scale, with a word where it comes near the number of examples there are.
+
+    Args:
+        scale: The noise scale.
+        dataset_size: Examples in the data set.
+    """
+    value = float(scale.value[0])
+    least = scale.low if math.isnan(value) else value
+    if least is None or not least > NEAR * dataset_size:
+        return scale
+    beside = f"near the {dataset_size:.0f} {OF_THE_DATA_SET}, beyond which it cannot be measured"
+    return scale._replace(note="; ".join(filter(None, (scale.note, beside))))
+
+
+def resolved_scale(trace: Tensor, signal: Tensor, weights: Tensor) -> dict[str, Estimate]:
+    """Noise over signal and its lower bound; not resolved within two standard errors of no signal.
+
+    Args:
+        trace: Average of the noise and its replicates.
+        signal: Average of the signal and its replicates.
+        weights: Samples in each block that a replicate leaves out.
+
+    Shapes:
+        trace and signal ``[1 + g]``, weights ``[g]``.
+    """
+    ratio = torch.where((signal > 0) & (trace > 0), trace / signal, torch.nan)
+    rows = torch.stack([trace, signal], 1)
+    covariance = jackknife_covariance(rows[0], rows[1:], weights)
+    if not covariance.groups or not bool(rows.isfinite().all()):
+        unknown = {"stderr": math.nan, "low": math.nan, "high": math.nan}
+        return {"scale": Estimate(ratio, **unknown, resolved=False, note="its error is not known yet")}
+    (var_n, cov), (_, var_d) = covariance.matrix.tolist()
+    above, below = rows[0].tolist()
+    ends = ratio_interval(above, below, var_n, var_d, cov, t_quantile(covariance.groups))
+    low, high = (max(ends[0], 0.0), ends[1]) if ends[1] > 0 else (0.0, math.inf)
+    if below < 2 * var_d**0.5:
+        bound = f"at least {low:.3g}" if low > 0 else "without a bound"
+        scale = Estimate(ratio * math.nan, low=low, high=high, resolved=False, note=f"not resolved, {bound}")
+    else:
+        scale = Estimate(ratio, low=low, high=high)
+    return {"scale": scale, "scale_lower_bound": Estimate(low, math.nan)}
+
+
+def ratio_of_scales(above: Estimate, below: Estimate) -> Tensor | Estimate:
+    """One noise scale over another; a ratio of positive numbers, and resolved where both are.
+
+    Args:
+        above: A noise scale.
+        below: Another one.
+    """
+    ratio: Tensor = above.value / below.value
+    if above.resolved and below.resolved:
+        return ratio
+    note = "not resolved: one of its two noise scales is not"
+    return Estimate(ratio, math.nan, low=0.0, high=math.inf, resolved=False, note=note)
+
+
+def not_measured(why: str) -> Estimate:
+    """A reading that cannot be had, with the reason; never 0.
+
+    Args:
+        why: The reason, as a clause.
+    """
+    return Estimate(math.nan, math.nan, resolved=False, note=f"not measured: {why}")
