@@ -53,7 +53,7 @@ def sections(thing):
 def test_observables_are_documented(kind):
     found = sections(kind)
     for name in ("Args", "Units", "Source", "Shapes", "Example"):
-        assert found.get(name, "").strip(), name
+        assert found.get(name, "").strip(), f"the docstring of {kind.__name__} has no section {name}"
         assert not PLACEHOLDER.search(found[name]), name
     assert ">>>" in found["Example"]
     for field in dataclasses.fields(kind):
@@ -214,7 +214,7 @@ def test_readings_are_finite_and_only_those_declared(kind):
             assert reading.value.size > 0
         assert reading.unit == kind.quantities[key.split("/")[2]].unit
         assert not reading.stderr < 0
-    assert any(r.note for r in latest.values())
+    assert any(r.note for r in latest.values()), "write note(snapshot): what the numbers rest on"
 
 
 # -- resumption ------------------------------------------------------------------------------------
@@ -341,7 +341,10 @@ def test_a_missing_field_is_named_with_the_call_that_supplies_it(kind):
         fields = {"model": network()}
         for _ in needs:
             with pytest.raises(MissingFieldError, match=r"the snapshot of step 7 has no '(\w+)'") as caught:
-                method(Snapshot(step=7, **fields))
+                if method(Snapshot(step=7, **fields)) is None:
+                    pytest.fail(
+                        "read every field of needs before returning None, so that a missing one is named"
+                    )
             field = re.search(r"no '(\w+)'", str(caught.value)).group(1)
             fields[field] = None
             named.add(field)
