@@ -2,6 +2,7 @@
 
 import io
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -209,12 +210,47 @@ def test_a_group_that_comes_later_has_the_factor_of_all():
     assert seen == [[0.05, 0.05, 0.2]]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+def test_a_step_that_is_broken_off_leaves_the_scripts_own_rates_in_checkpoints(error, tensor, monkeypatch):
+    def broken(*arguments, **options):
+        raise error
+
+    def build():
+        net, optimizer = network()
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(0.1) if tensor else 0.1
+        return Monitor(net, optimizer, [], controllers=[EverySecond()])
+
+    def rates(optimizer):
+        return [pytest.approx(float(group["lr"])) for group in optimizer.param_groups]
+
+    monitor = train(build(), 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[torch.optim.SGD.__module__], "sgd", broken)
+        with pytest.raises(error):
+            train(monitor, 1)
+    saved = monitor.optimizer.state_dict()
+    assert [float(group["lr"]) for group in saved["param_groups"]] == pytest.approx([0.1, 0.1])
+    resumed = build()
+    resumed.optimizer.load_state_dict(saved)
+    resumed.load_state_dict(monitor.state_dict())
+    factors = resumed._measurement.steering.panel.rates.factors
+    assert list(factors) == list(monitor._measurement.steering.panel.rates.factors) != [1.0, 1.0]
+    seen = []
+    resumed.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.extend(rates(optimizer)))
+    train(resumed, 1)
+    assert seen == [0.1 * factor for factor in factors]
+    assert [float(group["lr"]) for group in resumed.optimizer.param_groups] == pytest.approx([0.1, 0.1])
+
+
 def test_closing_puts_the_rates_back_and_takes_the_hooks_off():
     net, optimizer = network()
     monitor = train(Monitor(net, optimizer, [], controllers=[EverySecond()]))
     monitor.close()
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_state_dict_pre_hooks
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
     plain = Monitor(*network(), [Clock(schedule=1)])
     assert not plain.optimizer._optimizer_step_pre_hooks

@@ -222,7 +222,9 @@ class ControlPanel:
         """Multiply the rates before each step and put them back after it."""
         before = optimizer.register_step_pre_hook(self._before_step)
         after = optimizer.register_step_post_hook(self._after_step)
-        self._hooks = [before, after]
+        # a step that is broken off runs no post-step hook, and a checkpoint must hold the script's own rates
+        saving = optimizer.register_state_dict_pre_hook(lambda _: self.rates.restore())
+        self._hooks = [before, after, saving]
         hooks = before.hooks_dict_ref() or {}
         if any(isinstance(getattr(hook, "__self__", None), ControlPanel) for hook in [*hooks.values()][:-1]):
             self.close()

@@ -48,10 +48,8 @@ class Rates:
         self.restore()
         for group, factor in zip(self.optimizer.param_groups, self.factors, strict=False):
             if factor != 1.0:
-                written, group["lr"] = (
-                    group["lr"],
-                    group["lr"] * factor,
-                )  # several groups may share one tensor
+                written = group["lr"]
+                group["lr"] = written * factor  # a new one: several groups may share a tensor
                 self._kept.append((group, written, group["lr"]))
 
     def restore(self) -> None:
