@@ -48,6 +48,9 @@ MODELS = {
 }
 
 
+SAID = pytest.mark.filterwarnings("ignore:the model is in train mode")
+
+
 def build(name, count=5):
     make, shape = MODELS[name]
     torch.manual_seed(0)
@@ -74,6 +77,7 @@ def close(a, b, tolerance=1e-10):
 # -- exact values ----------------------------------------------------------------------------------
 
 
+@SAID
 @pytest.mark.parametrize("name", MODELS)
 def test_norms_and_singular_values_against_autograd(name):
     model, x = build(name)
@@ -84,6 +88,7 @@ def test_norms_and_singular_values_against_autograd(name):
     torch.testing.assert_close(jacobian_singular_values(model, x, k=2), values[:, :2], rtol=1e-9, atol=1e-10)
 
 
+@SAID
 @pytest.mark.parametrize("name", ["mlp", "conv net"])
 def test_a_full_set_of_projections_is_exact(name):
     model, x = build(name)
@@ -97,6 +102,7 @@ def test_forward_selects_the_outputs():
     close(jacobian_norms(model, x, forward=lambda model, x: model(x)[:, 1]), expected)
 
 
+@SAID
 @pytest.mark.parametrize("measure", [jacobian_norms, jacobian_singular_values])
 def test_the_model_is_as_it_was(measure):
     model, x = build("conv net")
@@ -372,9 +378,23 @@ def test_unusable_inputs_are_refused(measure, x, message):
 
 
 @both
-def test_a_frozen_model_is_refused(measure):
-    with pytest.raises(InputError, match="Linear has no trainable parameter"):
-        measure(nn.Linear(2, 2).requires_grad_(False), torch.ones(2, 2))
+@pytest.mark.parametrize("name", MODELS)
+def test_a_frozen_model_has_the_same_jacobian(measure, name):
+    model, x = build(name)
+    model.eval()
+    trained = measure(model, x)
+    assert torch.equal(measure(model.requires_grad_(False), x), trained)
+
+
+@both
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.Dropout(0.5)])
+def test_train_mode_is_said_where_it_makes_a_difference(measure, layer):
+    model, x = nn.Sequential(nn.Linear(4, 4), layer).train(), torch.randn(5, 4)
+    with pytest.warns(
+        UserWarning, match=f"where {type(layer).__name__} computes something else: the Jacobian"
+    ):
+        measure(model, x)
+    measure(model.eval(), x)
 
 
 @both

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
@@ -27,6 +25,7 @@ from .functional import (
     examples,
     measuring,
     outside_inference,
+    warn_of_train_mode,
 )
 from .ntk import KernelRequest, tangent_kernel
 from .tape import LayerTape
@@ -159,7 +158,7 @@ def empirical_ntk(
             "empirical_ntk(layers=True) is deprecated: write layer_ntks", DeprecationWarning, stacklevel=2
         )
         return layer_ntks(model, x, x2, **options)
-    _warn_of_train_mode(model)
+    warn_of_train_mode(model, "the kernel")
     return probed_kernel(model, x, x2, **options)[0][""]
 
 
@@ -198,22 +197,8 @@ def layer_ntks(
         >>> sorted(layers), torch.allclose(sum(layers.values()), empirical_ntk(net, x))
         (['0', '1'], True)
     """
-    _warn_of_train_mode(model)
+    warn_of_train_mode(model, "the kernel")
     return probed_kernel(model, x, x2, layers=True, **options)[0]
-
-
-def _warn_of_train_mode(model: nn.Module) -> None:
-    switched = {
-        type(module).__name__
-        for module in model.modules()
-        if module.training and isinstance(module, (_BatchNorm, _DropoutNd)) and getattr(module, "p", 1) > 0
-    }
-    if switched:
-        warnings.warn(
-            f"the model is in train mode, where {', '.join(sorted(switched))} computes something else: the "
-            "kernel is that of evaluation mode. Call model.eval() first if this is what you want.",
-            stacklevel=3,
-        )
 
 
 def probed_kernel(

@@ -7,6 +7,7 @@ are restored afterwards. ``pure_function`` turns a module into ``f(parameters, x
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
@@ -130,6 +133,26 @@ def measuring(model: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
+def warn_of_train_mode(model: nn.Module, what: str) -> None:
+    """Say that something is evaluated in another mode than the model is in, where that makes a difference.
+
+    Args:
+        model: The module.
+        what: The quantity, as the beginning of a clause.
+    """
+    switched = {
+        type(module).__name__
+        for module in model.modules()
+        if module.training and isinstance(module, (_BatchNorm, _DropoutNd)) and getattr(module, "p", 1) > 0
+    }
+    if switched:
+        warnings.warn(
+            f"the model is in train mode, where {', '.join(sorted(switched))} computes something else: "
+            f"{what} is that of evaluation mode. Call model.eval() first if this is what you want.",
+            stacklevel=3,
+        )
+
+
 class State:
     """What a forward may change on a model's modules: modes, attributes, buffers.
 
@@ -181,7 +204,9 @@ class _Call(nn.Module):
         return self._forward(self.model, x)
 
 
-def pure_function(model: nn.Module, forward: Forward | None = None) -> tuple[PureFunction, dict[str, Tensor]]:
+def pure_function(
+    model: nn.Module, forward: Forward | None = None, *, frozen: bool = False
+) -> tuple[PureFunction, dict[str, Tensor]]:
     """A module as a function of its trainable parameters.
 
     Each module is named once and a tensor used under two names is passed once, so that shared and tied
@@ -192,12 +217,13 @@ def pure_function(model: nn.Module, forward: Forward | None = None) -> tuple[Pur
     Args:
         model: Any module.
         forward: Maps model and inputs to outputs; ``model(x)`` when ``None``.
+        frozen: Whether a model without a trainable parameter will do, for derivatives in the inputs.
 
     Returns:
         The function and the detached trainable parameters it takes, by name.
 
     Raises:
-        InputError: If no parameter is trainable.
+        InputError: If no parameter is trainable, unless ``frozen``.
 
     Example:
         >>> net = nn.Linear(3, 2)
@@ -220,7 +246,7 @@ def pure_function(model: nn.Module, forward: Forward | None = None) -> tuple[Pur
     for name, parameter in names.items():
         first_name.setdefault(id(parameter), name)
     trainable = {n: p.detach() for n, p in names.items() if p.requires_grad and first_name[id(p)] == n}
-    if not trainable:
+    if not trainable and not frozen:
         raise InputError(
             f"{type(model).__name__} has no trainable parameter",
             fix="Call model.requires_grad_(True) on the part that is trained.",

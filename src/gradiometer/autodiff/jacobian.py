@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
 from ..stats.linalg import random_orthonormal_rows
-from .functional import Forward, check_inputs, measuring, pure_function
+from .functional import Forward, check_inputs, measuring, pure_function, warn_of_train_mode
 
 __all__ = [
     "EXACT_OUTPUTS",
@@ -92,7 +92,7 @@ def linearise(model: nn.Module, x: Any, forward: Forward | None) -> Linearised:
             "jacobian_norms(model, embedded, forward=lambda model, e: ...).",
         )
     check_inputs(model, x)
-    function, parameters = pure_function(model, forward)
+    function, parameters = pure_function(model, forward, frozen=True)
     return Linearised(lambda inputs: function(parameters, inputs), x)
 
 
@@ -129,8 +129,8 @@ def jacobian_norms(
         outputs / inputs.
 
     Raises:
-        InputError: Integer, empty, non-finite or misplaced inputs; outputs not one per example; no
-            trainable parameter; projections outside 1..O.
+        InputError: Integer, empty, non-finite or misplaced inputs; outputs not one per example;
+            projections outside 1..O.
 
     Source:
         Hoffman, Roberts, Yaida 2019, arXiv:1908.02729; orthonormal directions are ours.
@@ -140,6 +140,7 @@ def jacobian_norms(
         >>> torch.allclose(jacobian_norms(net, torch.randn(4, 3)), net.weight.norm().expand(4))
         True
     """
+    warn_of_train_mode(model, "the Jacobian")
     with measuring(model):
         line = linearise(model, x, forward)
         if num_projections is None:
@@ -181,6 +182,7 @@ def jacobian_singular_values(
         >>> torch.allclose(values[0], torch.linalg.svdvals(net.weight.detach()))
         True
     """
+    warn_of_train_mode(model, "the Jacobian")
     with measuring(model):
         values = torch.linalg.svdvals(linearise(model, x, forward).full())
     if k is not None and not 1 <= k <= values.shape[1]:
@@ -257,7 +259,7 @@ def differentiable(model: nn.Module, x: Any, forward: Forward) -> tuple[Forward,
     with torch.no_grad():
         handle = table.register_forward_hook(lambda module, args, out: seen.append(out))
         try:
-            function, parameters = pure_function(model, forward)
+            function, parameters = pure_function(model, forward, frozen=True)
             function(parameters, x)
         finally:
             handle.remove()
