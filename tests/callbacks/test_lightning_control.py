@@ -168,7 +168,7 @@ def test_the_rate_is_lowered_under_a_schedule_and_shown_as_both_wrote_it(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
-@pytest.mark.filterwarnings("ignore:.*resuming .* batches into an epoch")
+@pytest.mark.filterwarnings("ignore:the checkpoint was saved .* batches into an epoch")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 @pytest.mark.parametrize("at", [1200, 1203])
 def test_resumed_in_lightning_it_decides_the_same(tmp_path, at):
