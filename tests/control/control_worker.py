@@ -115,6 +115,7 @@ def main(kind: str, rank: int, meeting: str) -> None:
     gradiometer.parallel.PATIENCE = 2.0
     if kind == "grow":
         grow(rank)
+        dist.barrier()
         dist.destroy_process_group()
         return
     torch.manual_seed(0)
@@ -143,6 +144,7 @@ def main(kind: str, rank: int, meeting: str) -> None:
     }
     monitor.close()
     print(json.dumps(found))
+    dist.barrier()  # gloo aborts a process whose peer leaves in the middle of a message
     dist.destroy_process_group()
 
 

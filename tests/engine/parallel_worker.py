@@ -80,6 +80,7 @@ def main(kind: str, rank: int, meeting: str, path: str) -> None:
             monitor.close()
     weights = [p.tolist() for p in net.parameters()]
     print(json.dumps({"said": [str(each.message) for each in caught], "weights": weights}))
+    dist.barrier()  # gloo aborts a process whose peer leaves in the middle of a message
     dist.destroy_process_group()
 
 
