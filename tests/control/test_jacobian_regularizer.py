@@ -360,6 +360,7 @@ def worker(rank, meeting):
     half = slice(4 * rank, 4 * rank + 4)
     found = {kind: gradients(kind, draws(8, 4)[half], DistributedDataParallel) for kind in KINDS}
     print(json.dumps({kind: [g.tolist() for g in found[kind]] for kind in KINDS}))
+    dist.barrier()
     dist.destroy_process_group()
 
 
