@@ -18,7 +18,7 @@ from gradiometer.engine.monitor import Monitor
 from gradiometer.observables import Observable
 from gradiometer.record.loggers import LoggersRecorder
 
-from .lightning_trainer import check_accumulation, follow_controllers, pass_on
+from .lightning_trainer import check_accumulation, follow_controllers, pass_on, position
 
 
 class DynamicsMonitor(Callback):
@@ -120,16 +120,13 @@ class DynamicsMonitor(Callback):
     ) -> None:
         """A micro-batch begins; before the first one of a step is when their number may change."""
         follow_controllers(trainer, self.session, batch_idx)
-        self.session.begin(batch, step=trainer.global_step, index=batch_idx)
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Its backward pass is done."""
-        self.session.end()
+        self.session.begin(batch, **position(trainer, pl_module), index=batch_idx)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """The full, unclipped gradient is in place."""
+        self.session.end()
         # Lightning divides by this also in a last window that is shorter
         divisor = float(trainer.accumulate_grad_batches) if pl_module.automatic_optimization else None
         self.session.before_step(optimizer, getattr(trainer.precision_plugin, "scaler", None), divisor)
@@ -137,7 +134,8 @@ class DynamicsMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Pass new readings, and a controller's wish to end the run, to the trainer."""
+        """Its backward passes are done; pass new readings, and a controller's wish to end, to the trainer."""
+        self.session.end()
         pass_on(trainer, self.session, self._progress_bar)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

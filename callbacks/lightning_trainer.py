@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from gradiometer.adapters.session import Session
@@ -63,6 +63,17 @@ def pass_on(trainer: Trainer, session: Session, progress_bar: set[str]) -> None:
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in numbers.items()})
     trainer.progress_bar_metrics.update({key: numbers[key] for key in progress_bar & set(numbers)})
     trainer.should_stop |= session.should_stop
+
+
+def position(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """Where a run stands: the optimizer steps made, and the step under which this batch is logged.
+
+    Args:
+        trainer: The trainer. Its ``global_step`` counts every step of every optimizer.
+        module: What it trains; under manual optimization the monitor counts the steps of its own optimizer.
+    """
+    made = trainer.global_step if module.automatic_optimization else None
+    return {"step": made, "logged": trainer.fit_loop.epoch_loop._batches_that_stepped}
 
 
 def _accumulate(trainer: Trainer, wanted: int | None, batch_idx: int) -> None:

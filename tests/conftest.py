@@ -4,9 +4,12 @@ A test with three parameters or more is a product of cases: the quick tier runs 
 values, the others are slow.
 """
 
+import gc
 from itertools import combinations
 
 import pytest
+
+from .hooks import everywhere
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +17,14 @@ def nothing_is_only_logged(caplog):
     yield
     logged = [record.getMessage() for record in caplog.get_records("call") if "gradiometer" in record.name]
     assert not logged, logged
+
+
+@pytest.fixture(autouse=True)
+def no_hook_is_left_behind():
+    yield
+    if everywhere():
+        gc.collect()
+    assert everywhere() == 0
 
 
 def pytest_collection_modifyitems(items):

@@ -9,9 +9,13 @@ from torch.utils.checkpoint import checkpoint
 from gradiometer import GradientNoiseScale, MemoryRecorder, Monitor
 from gradiometer.autodiff.ride_along import RideAlong, refusal
 from gradiometer.autodiff.rules import RULES
+from gradiometer.collect.parameter_hooks import ParameterHooks
+from gradiometer.collect.parts_and_whole import foreign
 from gradiometer.errors import SampleSkippedError, UnsupportedError
+from gradiometer.stats.directions import Directions
 
 from .. import zoo
+from ..hooks import standing
 
 BATCH = 5
 
@@ -55,10 +59,6 @@ def check(model, batch, loss_fn=squared, reference=None):
     assert skipped == {}
     assert covered == {name for name, p in model.named_parameters() if p.requires_grad}
     torch.testing.assert_close(norms, expected, rtol=1e-10, atol=0)
-
-
-def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules())
 
 
 # -- what it sees ----------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_the_gradient_itself_is_what_it_would_have_been():
     model.zero_grad()
     ride(model, squared, x)
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
-    assert hooks(model) == 0
+    assert standing(model) == 0
 
 
 def test_a_forward_without_gradients_afterwards_is_ignored():
@@ -247,26 +247,69 @@ def test_no_backward_pass_is_no_sample():
         tape.result()
 
 
-def test_a_second_backward_pass_is_refused():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
-    tape = RideAlong(model, 3)
-    loss = squared(model, torch.ones(3, 2))
+def twice_through_one_graph(model, x):
+    loss = squared(model, x)
     loss.backward(retain_graph=True)
     loss.backward()
-    tape.detach()
-    with pytest.raises(UnsupportedError, match=r"went through module '2' more than once|'0' more than once"):
-        tape.result()
 
 
-def test_a_second_forward_and_backward_pass_is_refused():
-    """The gradients of both passes add up; their norms do not."""
-    model = nn.Linear(2, 2)
-    tape = RideAlong(model, 3)
-    squared(model, torch.ones(3, 2)).backward()
-    squared(model, torch.zeros(3, 2)).backward()
+def two_graphs(model, x):
+    squared(model, x).backward()
+    (0.5 * model(x).sum()).backward()
+
+
+def one_pass_over_a_part_of_two_calls(model, x):
+    first = squared(model, x)
+    first.backward(retain_graph=True)
+    (first + model(x).sum()).backward()
+
+
+TOTALS = {
+    twice_through_one_graph: lambda model, x: 2 * squared(model, x),
+    two_graphs: lambda model, x: squared(model, x) + 0.5 * model(x).sum(),
+    one_pass_over_a_part_of_two_calls: lambda model, x: 2 * squared(model, x) + model(x).sum(),
+}
+
+
+@pytest.mark.parametrize("passes", TOTALS)
+def test_several_backward_passes_add_up(passes):
+    """The gradients of all passes add up, and their norms do not: so what they show is held."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    x = draws(BATCH, 4)
+    tape = RideAlong(model, BATCH)
+    passes(model, x)
     tape.detach()
-    with pytest.raises(UnsupportedError, match=r"the backward pass went through module '' more than once"):
+    with pytest.raises(SampleSkippedError, match=r"the gradient came in several backward passes. From the"):
         tape.result()
+    assert tape.came_again
+    tape = RideAlong(model, BATCH, several=True)
+    passes(model, x)
+    tape.detach()
+    norms, _, skipped = shown(tape)
+    assert skipped == {}
+    torch.testing.assert_close(norms, loop(model, TOTALS[passes], x), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_gradient_that_is_only_asked_for_does_not_count(create_graph):
+    """``torch.autograd.grad`` adds nothing to ``.grad``."""
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double(), draws(BATCH, 4)
+    hooks = ParameterHooks(dict(model.named_parameters()), Directions())
+    hooks.attach(BATCH)
+    tape = RideAlong(model, BATCH)
+    loss = squared(model, x)
+    torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, create_graph=create_graph)
+    loss.backward()
+    tape.detach()
+    hooks.detach()
+    [received] = hooks.micro_batches
+    assert len(received.passes) == 1
+    sq_norms, _ = tape.result(received.passes)
+    norms = torch.stack(list(sq_norms.values())).sum(0)
+    torch.testing.assert_close(norms, loop(model, squared, x), rtol=1e-10, atol=0)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(received.norms[name][0], p.grad.norm(), rtol=1e-10, atol=0)
 
 
 # -- what it leaves out, by name -------------------------------------------------------------------
@@ -452,9 +495,9 @@ def test_an_error_in_a_rule_is_raised_by_result_and_not_by_backward(monkeypatch)
 def test_detaching_removes_every_hook():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     tape = RideAlong(model, BATCH)
-    assert hooks(model) == 2
+    assert standing(model) == 1
     tape.detach()
-    assert hooks(model) == 0
+    assert standing(model) == 0
     tape.detach()
 
 
@@ -468,9 +511,7 @@ def test_time_in_hooks_is_counted():
 
 # -- what does not add up --------------------------------------------------------------------------
 
-FOREIGN = "its gradient is not all from its module's calls (tied by hand, a penalty)"
 ADDED_TO = {
-    "hooks that change activations": {"0.weight", "0.bias"},
     "language model, functional head, parameter of positions": {"embed.weight"},
     "language model, functional head, table of positions": {"embed.weight"},
     "weight used again": {"layer.weight"},
@@ -478,16 +519,23 @@ ADDED_TO = {
 
 
 def compared(model, loss_fn, batch, size=BATCH):
-    tape = RideAlong(model, size, check=True)
+    """Parameters whose gradient is more than the sum over the examples, and those that could be judged."""
+    directions = Directions()
+    hooks = ParameterHooks({n: p for n, p in model.named_parameters() if p.requires_grad}, directions)
+    hooks.attach(size)
+    tape = RideAlong(model, size, directions=directions)
     try:
         loss_fn(model, batch).backward()
     finally:
         tape.detach()
-    return tape
-
-
-def foreign(tape):
-    return {name for name, reason in tape.result()[1].items() if reason == FOREIGN}
+        hooks.detach()
+    with contextlib.suppress(UnsupportedError, SampleSkippedError):
+        tape.result()
+    names, apart, judged = foreign(tape.expected, hooks.micro_batches[0])
+    return (
+        {name for name, is_apart in zip(names, apart.tolist(), strict=True) if is_apart},
+        {name for name, says_something in zip(names, judged.tolist(), strict=True) if says_something},
+    )
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
@@ -503,10 +551,8 @@ def test_the_comparison_knows_the_models_of_the_zoo(kind):
             return zoo.call(model, x, forward).square().sum()
 
         if refusal(model) is None:
-            tape = compared(model, loss_fn, x, zoo.size(x))
-            with contextlib.suppress(UnsupportedError, SampleSkippedError):
-                found[name] = foreign(tape)
-                judged += len(tape.comparison.judged)
+            found[name], says_something = compared(model, loss_fn, x, zoo.size(x))
+            judged += len(says_something)
     assert {name: names for name, names in found.items() if names} == ADDED_TO
     assert judged > 400
 
@@ -521,9 +567,9 @@ def test_the_comparison_allows_for_the_rounding_of_half_precision(kind):
         with torch.autocast("cpu", kind):
             return 1024 * model(x).square().mean()
 
-    assert foreign(compared(model, loss_fn, x, 64)) == set()
+    assert compared(model, loss_fn, x, 64)[0] == set()
     whole = model.to(kind)
-    assert foreign(compared(whole, lambda model, x: model(x).square().mean(), x.to(kind), 64)) == set()
+    assert compared(whole, lambda model, x: model(x).square().mean(), x.to(kind), 64)[0] == set()
 
 
 def test_a_gradient_that_cancels_is_not_taken_for_a_foreign_one():
@@ -532,9 +578,8 @@ def test_a_gradient_that_cancels_is_not_taken_for_a_foreign_one():
     x = draws(BATCH, 6, 4).float()
     both = torch.cat([x, x.flip(1)], 1) * 1e4
     sign = torch.tensor([1.0] * 6 + [-1.0] * 6)[:, None]
-    tape = compared(model, lambda model, x: (model(x) * sign).sum() + 1e-6 * model(x).sum(), both)
-    assert foreign(tape) == set()
-    assert tape.comparison.judged == {"weight", "bias"}
+    apart = compared(model, lambda model, x: (model(x) * sign).sum() + 1e-6 * model(x).sum(), both)
+    assert apart == (set(), {"weight", "bias"})
 
 
 def penalised(strength):
@@ -546,27 +591,23 @@ def penalised(strength):
 
 def test_a_penalty_is_noticed():
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
-    tape = compared(model, penalised(1.0), draws(BATCH, 4))
-    assert foreign(tape) == {"0.weight"}
-    assert tape.comparison.judged == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    apart = compared(model, penalised(1.0), draws(BATCH, 4))
+    assert apart == ({"0.weight"}, {"0.weight", "0.bias", "2.weight", "2.bias"})
 
 
 def test_a_hook_that_changes_a_gradient_is_noticed():
     model = nn.Linear(4, 2).double()
     handle = model.weight.register_hook(lambda grad: 0 * grad)
-    assert foreign(compared(model, squared, draws(BATCH, 4))) == {"weight"}
+    assert compared(model, squared, draws(BATCH, 4))[0] == {"weight"}
     handle.remove()
-    assert foreign(compared(model, squared, draws(BATCH, 4))) == set()
+    assert compared(model, squared, draws(BATCH, 4))[0] == set()
 
 
 def test_gradients_that_say_nothing_are_not_judged():
     model = nn.Sequential(nn.Linear(4, 2)).double()
-    tape = compared(model, lambda model, x: squared(model, x) * 0, draws(BATCH, 4))
-    assert foreign(tape) == set()
-    assert tape.comparison.judged == set()
-    tape = compared(model, lambda model, x: squared(model, x) * torch.nan, draws(BATCH, 4))
-    assert foreign(tape) == set()
-    assert tape.comparison.judged == set()
+    for factor in (0.0, torch.nan):
+        apart = compared(model, lambda model, x, factor=factor: squared(model, x) * factor, draws(BATCH, 4))
+        assert apart == (set(), set())
 
 
 def test_the_comparison_leaves_the_random_state_and_no_hooks():
@@ -574,8 +615,7 @@ def test_the_comparison_leaves_the_random_state_and_no_hooks():
     before = torch.get_rng_state()
     compared(model, squared, draws(BATCH, 4))
     assert torch.equal(torch.get_rng_state(), before)
-    assert hooks(model) == 0
-    assert not model.weight._backward_hooks
+    assert standing(model) == 0
 
 
 def test_weighted_norms_where_the_weight_is_known():

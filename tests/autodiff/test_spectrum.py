@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradiometer import empirical_ntk
-from gradiometer.autodiff.products import as_training
 from gradiometer.autodiff.spectrum import TOLERANCE, Curvature, top_eigenpair
+from gradiometer.autodiff.untouched import as_training
 from gradiometer.errors import InputError, UnsupportedError
 
 

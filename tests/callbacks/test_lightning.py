@@ -36,6 +36,8 @@ from gradiometer import (
 from gradiometer.callbacks import DynamicsMonitor
 from gradiometer.errors import InputError, MeasurementWarning
 
+from ..hooks import standing
+
 BATCH, EXAMPLES = 8, 48
 
 
@@ -375,7 +377,7 @@ def test_another_module_starts_afresh():
         first = trainer(monitor)
         first.fit(module, loader())
         assert monitor.monitor.state_dict()["observables"]["ntk"]["estimator"]["first"]["step"] == 0
-        assert not module._forward_hooks
+        assert standing(module) == 0
     assert monitor.monitor.model is module
 
 
@@ -493,11 +495,11 @@ def test_a_step_that_the_scaler_skips_is_measured_at_the_next():
 
     logger = Kept()
     observables = [JacobianNorm(schedule=at([2, 5])), GradientNoiseScale(schedule=2)]
-    with pytest.warns(MeasurementWarning, match="the gradient is not finite at this step") as caught:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MeasurementWarning)  # a scaler skips steps as a matter of course
         trainer(quiet(observables, on_error="warn"), logger=logger, plugins=[Scaled(2.0**10)]).fit(
             Spoiled(), loader()
         )
-    assert len([w for w in caught if issubclass(w.category, MeasurementWarning)]) == 1
     assert sorted(logger.series("dynamics/jacobian/spectral_norm")) == [3, 5]
     assert sorted(logger.series("dynamics/noise/trace")) == [0, 3, 4]
 
@@ -526,18 +528,13 @@ def test_two_monitors_under_one_prefix_are_refused():
         trainer(quiet(), quiet())
 
 
-def hooks(module):
-    forward = sum(len(m._forward_hooks) for m in module.modules())
-    return forward + sum(len(p._backward_hooks or {}) for p in module.parameters())
-
-
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_in_training_removes_the_hooks(error):
     class Failing(Plain):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
             if batch_idx == 2:
-                assert hooks(self) > 0
+                assert standing(self) > 0
                 raise error("the user's own")
             return loss
 
@@ -546,7 +543,7 @@ def test_an_exception_in_training_removes_the_hooks(error):
     expected = SystemExit if error is KeyboardInterrupt else error
     with pytest.raises((expected, error)):
         run.fit(module, loader())
-    assert hooks(module) == 0
+    assert standing(module) == 0
     assert not run.optimizers[0]._optimizer_step_post_hooks
 
 
@@ -554,7 +551,7 @@ def test_hooks_are_gone_after_a_run_that_ends_well():
     module = Plain()
     run = trainer(quiet())
     run.fit(module, loader())
-    assert hooks(module) == 0
+    assert standing(module) == 0
     assert not run.optimizers[0]._optimizer_step_post_hooks
 
 

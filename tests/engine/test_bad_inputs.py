@@ -311,12 +311,7 @@ def test_gradients_that_are_not_finite_and_steps_that_the_user_leaves_out(seen):
         optimizer.zero_grad()
 
     messages, memory = run(one_step)
-    assert messages[0].startswith("GradientNoiseScale at step 3: the gradient is not finite at this step")
-    if seen == "before the guard":
-        assert len(messages) == 1
-    else:  # what was left out looks like the first of several micro-batches
-        assert all(message.startswith("GradientNoiseScale at step") for message in messages), messages
-        assert len(messages) <= 2
+    assert messages == []  # a step that was not made has nothing to show
     assert finite(memory) == ALL
     assert max(map(abs, residuals(memory).values())) < 1e-9
     assert max(residuals(memory)) == 18  # 21 steps were made

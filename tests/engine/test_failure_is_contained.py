@@ -26,6 +26,8 @@ from gradiometer.collect.gradient_parts import AutoSource
 from gradiometer.errors import InputError, MeasurementWarning, UnsupportedError
 from gradiometer.observables.schedules import Schedule, every
 
+from ..hooks import standing
+
 STEPS = 6
 FIX = "Turn the crank the other way."
 STUCK = InputError("the crank is stuck", fix=FIX)
@@ -111,10 +113,7 @@ def train(observables, *, model=None, recorders=(), on_error="warn", steps=STEPS
                 monitor.before_step()
                 optimizer.step()
                 optimizer.zero_grad()
-    hooks = [len(m._forward_hooks) for m in model.modules()] + [
-        len(p._backward_hooks or {}) for p in model.parameters()
-    ]
-    assert sum(hooks) == 0
+    assert standing(model) == 0
     assert not optimizer._optimizer_step_post_hooks
     ours = [w for w in caught if "LeafSpec" not in str(w.message)]
     assert all(issubclass(w.category, MeasurementWarning) for w in ours)
@@ -452,6 +451,5 @@ def test_raise_leaves_no_hook_behind_once_closed():
     with pytest.raises(InputError):
         monitor.before_step()
     monitor.close()
-    assert not any(m._forward_hooks for m in model.modules())
-    assert not any(p._backward_hooks for p in model.parameters())
+    assert standing(model) == 0
     assert not optimizer._optimizer_step_post_hooks

@@ -329,9 +329,9 @@ def test_a_step_that_the_scaler_skips_is_measured_at_the_next():
         GradientNoiseScale(schedule=2, estimator=Mean()),
         FluctuationDissipation(schedule=2, sampling=1),
     ]
-    with pytest.warns(MeasurementWarning, match="the gradient is not finite at this step") as caught:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MeasurementWarning)  # a scaler skips steps as a matter of course
         memory = scaled_loop(2.0**12, unscale_first=False, spoil=[2], observables=observables)
-    assert len(caught) == 1
     model, clean = network(), MemoryRecorder()
     optimizer = sgd(model)
     with Monitor(model, optimizer, observables, recorders=[clean], dataset_size=1000) as monitor:
@@ -712,6 +712,7 @@ def test_batches_may_be_mappings():
             monitor.end_micro_batch()
             monitor.before_step()
             optimizer.step()
+            optimizer.zero_grad()
     assert torch.equal(monitor.state_dict()["probe"]["targets"], batch(0)[1])
     assert len(memory.series("dynamics/noise/trace")) == 2
 

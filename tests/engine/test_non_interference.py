@@ -22,6 +22,7 @@ from gradiometer import (
 )
 from gradiometer.errors import MeasurementWarning
 
+from ..hooks import standing
 from ..zoo import HOOKS
 
 STEPS = 5
@@ -94,6 +95,7 @@ def look(model):
             (name, id(p), p.requires_grad, p.is_leaf, list((p._backward_hooks or {}).items()))
             for name, p in model.named_parameters()
         ],
+        "standing": standing(model),
         "buffers": [(name, id(b)) for name, b in model.named_buffers()],
     }
 
@@ -221,6 +223,7 @@ def test_no_hook_is_standing_while_nothing_is_due():
             seen[-1] &= look(model) == found
             monitor.before_step()
             optimizer.step()
+            optimizer.zero_grad()
         assert look(model) == found
     assert seen == [True, True, True, False, True, True]
     assert len(optimizer._optimizer_step_post_hooks) == 1

@@ -20,6 +20,8 @@ from gradiometer.observables import (
 from gradiometer.observables.gradient_noise_scale import resolved_scale
 from gradiometer.stats.estimators import Mean
 
+from ..hooks import standing
+
 P = 50
 SIGMA = torch.linspace(0.2, 2, P, dtype=torch.float64)  # trace 55
 REPLICAS = 8000
@@ -209,7 +211,7 @@ def test_per_example_norms_against_a_loop(reduction):
     norms = per_example_grad_norms(model, loss_fn, x, y)
     assert modes == [module.training for module in model.modules()]
     assert all(p.grad is None for p in model.parameters())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert standing(model) == 0
     torch.testing.assert_close(norms, loop_norms(model, loss_fn, x, y), rtol=1e-10, atol=0)
 
 
@@ -529,7 +531,7 @@ def test_a_loss_that_is_no_number_is_refused():
     loss_fn = nn.MSELoss(reduction="none")
     with pytest.raises(InputError, match=r"must return one number, got shape \[1, 2\]"):
         per_example_grad_norms(model, loss_fn, torch.ones(4, 3), torch.zeros(4, 2))
-    assert not model._forward_hooks
+    assert standing(model) == 0
 
 
 def test_per_example_norms_reach_parameters_without_a_rule():

@@ -11,6 +11,8 @@ from gradiometer.collect.snapshot import Probe, Snapshot
 from gradiometer.errors import InputError, UnsupportedError
 from gradiometer.observables import JacobianNorm, jacobian_norms, jacobian_singular_values
 
+from ..hooks import standing
+
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -315,7 +317,7 @@ def test_tokens_are_differentiated_at_the_first_embedding(training):
     close(found["norm"], j.flatten(1).norm(dim=1).mean())
     close(found["spectral_norm"], torch.linalg.matrix_norm(j, 2).mean())
     assert JacobianNorm().note(snapshot) == "with respect to the output of 'table'"
-    assert not any(module._forward_hooks for module in model.modules())
+    assert standing(model) == 0
     assert all(module.training is training for module in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
@@ -330,7 +332,7 @@ def test_hooks_are_gone_after_a_failure():
     snapshot = snapshot_of(model, torch.zeros(2, 2, dtype=torch.int64)).replace(forward=broken)
     with pytest.raises(RuntimeError, match="broken"):
         JacobianNorm().statistics(snapshot)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert standing(model) == 0
     assert model.training
 
 

@@ -21,6 +21,7 @@ from ..errors import MeasurementWarning
 from ..observables import FluctuationDissipation, GradientNoiseScale
 from ..observables.fluctuation_dissipation import RATIO
 from ..observables.gradient_noise_scale import SCALE
+from ..optimizers import unwrapped
 from ..record.base import Recorder
 from ..record.readings import scalars
 from .batches import dataset_size_of, loss_scales, replacement_of, selected_forward
@@ -70,6 +71,9 @@ class Session:
         self._keys = (input_key, target_key)
         self._saved: dict[str, Any] = {}
         self._batches = 0
+        self._batch: Any = None
+        self._handle: Any = None
+        self._steps = self._steps_of_last_batch = 0
 
     def start(
         self,
@@ -102,6 +106,7 @@ class Session:
         for controller in self.controllers:
             controller.check_loader(loader)
         if self.monitor is not None:
+            self._handle.remove()
             self.monitor.close()
             if self.monitor.model is module and not self._saved:
                 self._saved = self.state_dict()
@@ -127,6 +132,14 @@ class Session:
                     stacklevel=2,
                 )
             self._saved = {}
+        self._handle = unwrapped(optimizers[0]).register_step_post_hook(self._stepped)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """After a step within a batch, where another one will follow: it is made from the same batch."""
+        del optimizer, args, kwargs
+        self._steps += 1
+        if self.monitor is not None and self._steps < self._steps_of_last_batch:
+            self.monitor.begin_batch(self._batch, *self._keys)
 
     @property
     def accumulates(self) -> bool:
@@ -153,16 +166,20 @@ class Session:
         """Whether a controller has asked for the run to end."""
         return self.monitor is not None and self.monitor.should_stop
 
-    def begin(self, batch: Any, *, step: int, index: int) -> None:
+    def begin(self, batch: Any, *, step: int | None, logged: int, index: int) -> None:
         """A micro-batch begins.
 
         Args:
             batch: What the loader gave.
-            step: The optimizer step under which its loss is logged.
+            step: Optimizer steps made so far; ``None`` where the monitor counts them itself.
+            logged: The step under which its loss is logged.
             index: Its position in the epoch.
         """
         if self.monitor is not None:
-            self.monitor.step, self._batches = step, index + 1
+            self.monitor.skip_step()  # frameworks that call before_step() know that a step is due
+            self.monitor.step = self.monitor.step if step is None else step
+            self.monitor.logged_step, self._batches = logged, index + 1
+            self._batch, self._steps_of_last_batch, self._steps = batch, self._steps, 0
             self.monitor.begin_batch(batch, *self._keys)
 
     def end(self) -> None:
@@ -200,7 +217,9 @@ class Session:
         """
         if self.monitor is None:
             return ""
+        self._handle.remove()
         self.monitor.close()
+        self._batch = None
         return self.monitor.table()
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from .functional import (
     check_inputs,
     check_outputs,
     examples,
-    measuring,
     outside_inference,
     warn_of_train_mode,
 )
 from .ntk import KernelRequest, tangent_kernel
 from .tape import LayerTape
+from .untouched import measuring
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -211,7 +211,7 @@ class Plain:
 
     def contract(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Sum over outputs and examples, between a vector ``[p / width]`` and another ``[width]``."""
-        return (self.gradient @ columns).sum() * rows.sum()
+        return (self.gradient.unflatten(-1, (len(rows), -1)) @ columns @ rows).sum()
 
     def terms(self) -> Tensor:
         """Squared norms of all single terms, added up: what rounding in their sum is relative to."""

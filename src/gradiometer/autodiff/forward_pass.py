@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from .functional import Batch, State
+from .functional import Batch, fresh
+from .module_hooks import ModuleHooks
 from .operations import Operation, Operations
 from .rules import RULES, exception_to_rule
+from .untouched import State
 
 Function = Callable[[Any], Tensor]
 """A batch of inputs to outputs ``[N, ...]``."""
@@ -112,9 +114,9 @@ class Network:
             batch: The inputs.
         """
         try:
-            return self._function(batch.nest)
+            return self._function(fresh(batch.nest))
         finally:
-            self._state.restore()
+            self._state.restore(noticed=True)
 
     def watch(
         self, batch: Batch, operations: Collection[int] | None = (), *, weigh: bool = False
@@ -166,49 +168,46 @@ class _LayerHooks:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        handles = []
-        try:
-            for path, module in self._network.model.named_modules():
-                if type(module) in RULES and self._network.followed(module):
-                    handles.append(module.register_forward_pre_hook(self._before))
-                    # before the user's hooks: those may put another output in the place of this one
-                    handles.append(
-                        module.register_forward_hook(self._after(path), prepend=True, with_kwargs=True)
-                    )
+        network = self._network
+        paths = {
+            module: path
+            for path, module in network.model.named_modules()
+            if type(module) in RULES and network.followed(module)
+        }
+        hooks = ModuleHooks(paths, self._after, self._before)
+        with ExitStack() as stack:
+            stack.callback(hooks.detach)
+            hooks.attach()
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _before(self, module: nn.Module, args: Any) -> None:
+    def _before(self) -> None:
         self._number += 1
         if self._operations is not None:
             self._operations.call = self._number
 
-    def _after(self, path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            if self._operations is not None:
-                self._operations.call = None
-            if not torch.is_grad_enabled() or not isinstance(out, Tensor) or not out.requires_grad:
-                self._seen.hidden.add(path)
-                return
-            a = args[0] if args else kwargs.get("input")
-            assert isinstance(a, Tensor)
-            if self._operations is not None:
-                self._operations.paused = True  # looking at a call runs torch functions of its own
-            self._seen.calls.append(
-                Call(
-                    number=self._number,
-                    path=path,
-                    module=module,
-                    a=a.detach(),
-                    version=a._version,
-                    shape=out.shape,
-                    edge=get_gradient_edge(out),
-                    reason=exception_to_rule(module, a, out),
-                )
+    def _after(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        if self._operations is not None:
+            self._operations.call = None
+        if not torch.is_grad_enabled() or not isinstance(out, Tensor) or not out.requires_grad:
+            self._seen.hidden.add(path)
+            return
+        a = args[0] if args else kwargs.get("input")
+        assert isinstance(a, Tensor)
+        if self._operations is not None:
+            self._operations.paused = True  # looking at a call runs torch functions of its own
+        self._seen.calls.append(
+            Call(
+                number=self._number,
+                path=path,
+                module=module,
+                a=a.detach(),
+                version=a._version,
+                shape=out.shape,
+                edge=get_gradient_edge(out),
+                reason=exception_to_rule(module, a, out),
             )
-            if self._operations is not None:
-                self._operations.paused = False
-
-        return hook
+        )
+        if self._operations is not None:
+            self._operations.paused = False

@@ -1,26 +1,16 @@
-"""Call a module as a pure function, without leaving a trace on it.
-
-``measuring`` puts a model aside safely: evaluation mode, random state, autocast and attention kernels
-are restored afterwards. ``pure_function`` turns a module into ``f(parameters, x)``.
-"""
+"""Call a module as a pure function: ``pure_function`` turns it into ``f(parameters, x)``."""
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError
@@ -86,53 +76,6 @@ def matrix_forward(model: nn.Module, x: Any, output_key: str | None = None) -> T
     return out
 
 
-@contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
-    """Evaluate a model without changing it or anything around it.
-
-    Inside: evaluation mode, gradients on, no autocast, attention in its plain form (the fused kernels
-    have no second derivative). Afterwards the mode of every submodule, every attribute that a forward may
-    have set on one, and the random state of torch, numpy and python are as they were. The mode is set
-    without calling ``eval()``, which some layers override to merge weights. What a forward changes in
-    place inside a list or dictionary of its own cannot be undone.
-
-    Args:
-        model: The module to be evaluated.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-        >>> with measuring(net):
-        ...     net.training
-        False
-        >>> net.training
-        True
-    """
-    state = State(model)
-    devices = {p.device for p in model.parameters()}
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is what must be kept
-    with ExitStack() as stack:
-        cuda = [device for device in devices if device.type == "cuda"]
-        stack.enter_context(torch.random.fork_rng(cuda))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        for kind in {device.type for device in devices} | {"cpu"}:
-            if kind in ("cpu", "cuda", "xpu", "hpu"):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        for module in model.modules():
-            if isinstance(module, DistributedDataParallel):  # no backward pass of its own will follow
-                stack.enter_context(module.no_sync())
-        try:
-            for module in model.modules():
-                module.training = False
-            yield
-        finally:
-            state.restore()
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
-
-
 def warn_of_train_mode(model: nn.Module, what: str) -> None:
     """Say that something is evaluated in another mode than the model is in, where that makes a difference.
 
@@ -153,45 +96,6 @@ def warn_of_train_mode(model: nn.Module, what: str) -> None:
         )
 
 
-class State:
-    """What a forward may change on a model's modules: modes, attributes, buffers.
-
-    Args:
-        model: The module.
-
-    Example:
-        >>> net = nn.Linear(2, 2)
-        >>> state = State(net)
-        >>> net.seen = 3
-        >>> state.restore()
-        >>> hasattr(net, "seen")
-        False
-    """
-
-    _TABLES = ("_parameters", "_buffers", "_modules")
-
-    def __init__(self, model: nn.Module) -> None:
-        self._attributes = [(module, self._of(module)) for module in model.modules()]
-        self._buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
-
-    def _of(self, module: nn.Module) -> dict[str, Any]:
-        return {**vars(module), **{name: dict(vars(module)[name]) for name in self._TABLES}}
-
-    def restore(self) -> None:
-        """Put everything back."""
-        with torch.no_grad():
-            for buffer, version, before in self._buffers:
-                if buffer._version != version:
-                    buffer.copy_(before)
-        for module, attributes in self._attributes:
-            tables = {name: vars(module)[name] for name in self._TABLES}
-            for name, table in tables.items():
-                table.clear()
-                table.update(attributes[name])
-            vars(module).clear()
-            vars(module).update({**attributes, **tables})
-
-
 class _Call(nn.Module):
     """Lets ``functional_call`` run any ``forward(model, x)``."""
 
@@ -201,7 +105,7 @@ class _Call(nn.Module):
         self._forward = forward
 
     def forward(self, x: Any) -> Tensor:
-        return self._forward(self.model, x)
+        return self._forward(self.model, fresh(x))
 
 
 def pure_function(
@@ -361,6 +265,15 @@ def outside_inference(x: Any) -> Any:
     return pytree.tree_map(
         lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf, x
     )
+
+
+def fresh(x: Any) -> Any:
+    """The same nest with a copy of every tensor, for a model that writes to its inputs.
+
+    Args:
+        x: A tensor, or a nest of tensors.
+    """
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, x)
 
 
 def detached_copy(x: Any) -> Any:

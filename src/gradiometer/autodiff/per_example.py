@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError, UnsupportedError
 from ..stats.linalg import accumulation_dtype
 from .factors import Plain
-from .functional import Batch, call, check_inputs, examples, measuring, outside_inference, take
+from .functional import Batch, call, check_inputs, examples, fresh, outside_inference, take
 from .tape import LayerTape
+from .untouched import measuring
 
 __all__ = [
     "per_example_grad_norms",
@@ -112,7 +113,7 @@ def _loss_cotangents(
             else leaf
             for leaf in leaves
         ]
-        loss = loss_fn(pytree.tree_unflatten(shown, spec), take(y, slice(n, n + 1)))
+        loss = loss_fn(pytree.tree_unflatten(shown, spec), fresh(take(y, slice(n, n + 1))))
         if loss.numel() != 1:
             raise InputError(
                 "loss_fn must return one number",

@@ -9,7 +9,6 @@ part of a batch has its own dropout masks; two calls at the same random state ha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
 from ..stats.linalg import inner_products
-from .functional import call, check_inputs, examples, measuring, outside_inference, pure_function, take
+from .functional import call, check_inputs, examples, fresh, outside_inference, pure_function, take
+from .untouched import as_training
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -35,39 +35,6 @@ _WRONG_TWICE = {
         "Leave weight_norm out, or exclude its parameters by parameters=.",
     ),
 }
-
-
-@contextmanager
-def as_training(model: nn.Module) -> Iterator[None]:
-    """Evaluate a model in the modes it is in, without changing it or anything around it.
-
-    As ``measuring``, except that every module keeps its own ``training`` flag: batch norm uses the
-    statistics of the batch, dropout draws masks. Running statistics are put back by value, since batch norm
-    writes to them without raising their version.
-
-    Args:
-        model: The module to be evaluated.
-
-    Example:
-        >>> net = nn.BatchNorm1d(2)
-        >>> with as_training(net):
-        ...     _ = net(torch.ones(3, 2))
-        ...     net.training, net.running_mean
-        (True, tensor([0.1000, 0.1000]))
-        >>> net.running_mean
-        tensor([0., 0.])
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    with measuring(model):
-        for module, mode in modes:
-            module.training = mode
-        try:
-            yield
-        finally:
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.data.copy_(before)  # not seen by a graph that still waits for its backward pass
 
 
 def loss_gradient(
@@ -325,7 +292,7 @@ class Loss:
 
     def of(self, outputs: Any, x: Any, y: Any) -> Tensor:
         """The loss of outputs for these inputs: one number, a mean over the examples."""
-        loss = self._loss_fn(outputs, outside_inference(y))
+        loss = self._loss_fn(outputs, fresh(y))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise InputError(
                 "loss_fn must return one number",

@@ -5,12 +5,13 @@ output tensor, the cotangent ``g`` when the backward pass gets there. No extra p
 parameter gradient is formed, and all hooks are removed again.
 
 What is read belongs to the training gradient only if the gradient is the sum of what the calls of modules
-contribute. On request that is checked along random directions.
+contribute. Whoever sees the gradient can check that: the sum is left along a direction of each parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import SampleSkippedError, UnsupportedError
+from ..stats.directions import Directions, full_precision
 from .factors import Factor, add
+from .module_hooks import ModuleHooks, weakly
 from .rules import RULES, exception_to_rule, verify
 
-_TOLERANCE = 1e-3
-_ROUNDINGS = 10.0
+ROUNDINGS = 10.0
+"""How many relative errors of single terms their sum may be off by."""
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -50,8 +53,19 @@ def refusal(model: nn.Module) -> str | None:
     return None
 
 
+@dataclass
+class _Pass:
+    """What one backward pass showed."""
+
+    factors: dict[nn.Module, list[dict[str, Factor]]] = field(default_factory=dict)
+    contracted: set[nn.Module] = field(default_factory=set)
+    sq_norms: dict[str, Tensor] = field(default_factory=dict)
+    rounding: float = 0.0
+    incomplete: bool = False
+
+
 class RideAlong:
-    """Hooks for one forward and backward pass.
+    """Hooks for the forward and backward passes of one micro-batch.
 
     Args:
         model: The module being trained.
@@ -60,7 +74,9 @@ class RideAlong:
         parameters: Parameters to look at; all trainable ones when ``None``.
         metric: Factor on the square of each component of a parameter's gradient, for a second set of
             norms in ``weighted``; a parameter for which it returns ``None`` has none.
-        check: Whether to leave out parameters whose gradient is not the sum over the examples.
+        directions: Along which the sum over the examples is left in ``expected``, with what rounding may make
+            of it and the relative error of one term; ``None`` where nobody compares.
+        several: Whether to hold what layers show until the end, so that several backward passes add up.
 
     Example:
         >>> net = nn.Linear(3, 1)
@@ -80,12 +96,15 @@ class RideAlong:
         parameters: Collection[Tensor] | None = None,
         *,
         metric: Callable[[Tensor], Tensor | None] | None = None,
-        check: bool = False,
+        directions: Directions | None = None,
+        several: bool = False,
     ) -> None:
-        self._batch = batch_size
-        self._metric = metric
-        self.comparison = Comparison() if check else None
+        self._batch, self._metric, self._several = batch_size, metric, several
+        self._directions = directions
+        self.expected: dict[str, tuple[Tensor, Tensor, float]] = {}
         self.weighted: dict[str, Tensor] = {}
+        self.came_again = False
+        """Whether the gradient came in several backward passes that were not held; ``result`` finds out."""
         wanted = None if parameters is None else {id(p) for p in parameters}
         self._names = {
             id(p): name
@@ -94,31 +113,28 @@ class RideAlong:
         }
         self._without_gradients: set[nn.Module] = set()
         self._skipped = dict.fromkeys(self._names.values(), "its module has no rule, or was not called")
-        self._calls: dict[nn.Module, int] = {}
-        self._returned: dict[nn.Module, list[dict[str, Factor]]] = {}
-        self._sq_norms: dict[str, Tensor] = {}
-        self._backward_began = False
+        # the backward passes that came through each call of a module; a module that is left out has none
+        self._calls: dict[nn.Module, list[set[int]]] = {}
+        self._left_out: set[nn.Module] = set()
+        self._dropped: set[str] = set()
+        self._passes: dict[int, _Pass] = {}
         self._fatal: str | None = None
         self._error: Exception | None = None
         self.seconds = 0.0
         self._owners: dict[int, int] = {}
-        self._handles: list[Any] = []
+        paths: dict[nn.Module, str] = {}
         for path, module in model.named_modules():
             followed = [p for p in module._parameters.values() if p is not None and id(p) in self._names]
             for parameter in followed:
                 self._owners[id(parameter)] = self._owners.get(id(parameter), 0) + 1
             if followed and type(module) in RULES:
-                self._handles.append(module.register_forward_hook(self._forward_hook(path), with_kwargs=True))
-        if self.comparison is not None:
-            for name, parameter in model.named_parameters():
-                if id(parameter) in self._names:
-                    self._handles.append(parameter.register_hook(self._gradient_hook(name)))
+                paths[module] = path
+        self._hooks = ModuleHooks(paths, weakly(self._look))
+        self._hooks.attach()
 
     def detach(self) -> None:
         """Remove every hook."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._hooks.detach()
 
     def _safely(self, function: Any, *arguments: Any) -> None:
         """Keep an error out of the user's forward and backward; ``result`` raises it."""
@@ -132,80 +148,86 @@ class RideAlong:
     def _skip(self, module: nn.Module, reason: str) -> None:
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) in self._names:
-                self._skipped[self._names[id(parameter)]] = reason
-        self._calls[module] = -1
+                name = self._names[id(parameter)]
+                self._skipped[name] = reason
+                self._dropped.add(name)
+        self._left_out.add(module)
 
-    def _gradient_hook(self, name: str) -> Any:
-        assert self.comparison is not None
-        compare = self.comparison.found
-        return lambda grad: self._safely(compare, name, grad)
+    def _look(self, *call: Any) -> None:
+        self._safely(self._called, *call)
 
-    def _forward_hook(self, path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            self._safely(see, module, args, kwargs, out)
-
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            if torch._C._current_graph_task_id() != -1:
-                # a checkpointed segment is run again in the backward pass: not a new call, but if its
-                # first run had no gradients either, its outputs were never hooked
-                if module in self._without_gradients:
-                    self._fatal = (
-                        f"module {path!r} ran without gradients: reentrant checkpointing hides its graph "
-                        "(use_reentrant=False shows it)"
-                    )
-                return
-            if torch.compiler.is_compiling():
-                return
-            if self._backward_began:
-                if isinstance(out, Tensor) and out.requires_grad:
-                    out.register_hook(lambda g: self._safely(self._again, path))
-                return
-            if not torch.is_grad_enabled():
-                self._without_gradients.add(module)
-                return
-            a = args[0] if args else kwargs.get("input")
-            if self._calls.get(module, 0) < 0 or not isinstance(out, Tensor) or not out.requires_grad:
-                return
-            if not isinstance(a, Tensor) or a.ndim == 0 or len(a) != self._batch:
-                got = list(a.shape) if isinstance(a, Tensor) else type(a).__name__
-                self._skip(module, f"its input {got} does not begin with the {self._batch} examples")
-                return
-            reason = _cannot(module, a, out)
-            if reason:
-                self._skip(module, reason)
-                return
-            verify(path, module, a)
-            self._calls[module] = self._calls.get(module, 0) + 1
-            version = a._version
-            out.register_hook(lambda g: self._safely(self._returns, path, module, a, version, g))
-
-        return hook
+    def _called(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        """A module was called: note its input, and look at the gradient of its output."""
+        if torch._C._current_graph_task_id() != -1:
+            # a checkpointed segment is run again in the backward pass: not a new call, but if its
+            # first run had no gradients either, its outputs were never hooked
+            if module in self._without_gradients:
+                self._fatal = (
+                    f"module {path!r} ran without gradients: reentrant checkpointing hides its graph "
+                    "(use_reentrant=False shows it)"
+                )
+            return
+        if torch.compiler.is_compiling():
+            return
+        if not torch.is_grad_enabled():
+            self._without_gradients.add(module)
+            return
+        a = args[0] if args else kwargs.get("input")
+        if module in self._left_out or not isinstance(out, Tensor) or not out.requires_grad:
+            return
+        if not isinstance(a, Tensor) or a.ndim == 0 or len(a) != self._batch:
+            got = list(a.shape) if isinstance(a, Tensor) else type(a).__name__
+            self._skip(module, f"its input {got} does not begin with the {self._batch} examples")
+            return
+        reason = _cannot(module, a, out)
+        if reason:
+            self._skip(module, reason)
+            return
+        verify(path, module, a)
+        through: set[int] = set()
+        self._calls.setdefault(module, []).append(through)
+        version = a._version
+        out.register_hook(lambda g: self._safely(self._returns, path, module, through, a, version, g))
 
     @torch.no_grad()
-    def _returns(self, path: str, module: nn.Module, a: Tensor, version: int, g: Tensor) -> None:
-        """The backward pass reached one call: contract at once when it was the module's only one."""
-        self._backward_began = True
-        if self._calls[module] < 0:
+    def _returns(
+        self, path: str, module: nn.Module, through: set[int], a: Tensor, version: int, g: Tensor
+    ) -> None:
+        """A backward pass reached one call: contract at once when it is the last one of the module."""
+        number = torch._C._current_graph_task_id()
+        shown = self._passes.setdefault(number, _Pass())
+        if module in self._left_out:
             return
         if a._version != version:
             self._skip(module, f"the input of {path!r} was changed in place after its forward")
             return
         kind = torch.promote_types(g.dtype, torch.float32)
-        rule = RULES[type(module)](module, a.to(kind) if a.is_floating_point() else a)
-        factors = rule(g.to(kind)[None])
-        returned = self._returned.setdefault(module, [])
-        returned.append(factors)
-        if len(returned) > self._calls[module]:
-            self._again(path)
-        elif len(returned) == self._calls[module]:
-            self._contract(module, returned, torch.finfo(g.dtype).eps)
-            returned[:] = [{}] * len(returned)
+        through.add(number)
+        returned = shown.factors.setdefault(module, [])
+        with full_precision(g.device):
+            rule = RULES[type(module)](module, a.to(kind) if a.is_floating_point() else a)
+            returned.append(rule(g.to(kind)[None]))
+        shown.rounding = max(shown.rounding, torch.finfo(g.dtype).eps)
+        if self._several:
+            return
+        # calls that only an earlier pass came through will hardly be met again
+        ahead = [call for call in self._calls[module] if not call or number in call]
+        if module in shown.contracted:
+            shown.incomplete = True
+        elif len(returned) == len(ahead):
+            self._contract(module, returned, shown.sq_norms, shown.rounding)
+            shown.contracted.add(module)
+            returned.clear()
 
-    def _again(self, path: str) -> None:
-        """A second backward pass adds to gradients whose norms are already taken."""
-        self._fatal = f"the backward pass went through module {path!r} more than once"
-
-    def _contract(self, module: nn.Module, returned: list[dict[str, Factor]], rounding: float) -> None:
+    def _contract(
+        self,
+        module: nn.Module,
+        returned: Sequence[dict[str, Factor]],
+        sq_norms: dict[str, Tensor],
+        rounding: float,
+    ) -> None:
         for own_name in returned[0]:
             parameter = module._parameters.get(own_name)
             if parameter is None or id(parameter) not in self._names:
@@ -214,17 +236,34 @@ class RideAlong:
             if self._owners[id(parameter)] > 1:
                 self._skipped[name] = "it is tied to another module"
                 continue
-            [factor] = add([factors[own_name] for factors in returned])
-            self._sq_norms[name] = factor.sq_norms()[0]
-            self._skipped.pop(name, None)
-            weight = self._metric(parameter) if self._metric else None
-            if weight is not None:
-                self.weighted[name] = factor.sq_norms(weight.reshape(-1).to(self._sq_norms[name]))[0]
-            if self.comparison is not None:
-                self.comparison.expect(name, factor, parameter.numel(), rounding)
+            with full_precision(parameter.device):
+                [factor] = add([factors[own_name] for factors in returned])
+                sq_norms[name] = factor.sq_norms()[0]
+                weight = self._metric(parameter) if self._metric else None
+                if weight is not None:
+                    self.weighted[name] = factor.sq_norms(weight.reshape(-1).to(sq_norms[name]))[0]
+                if self._directions is not None:
+                    self.expected[name] = self._sum_along(name, factor, parameter.numel(), rounding)
 
-    def result(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What the pass showed.
+    def _sum_along(
+        self, name: str, factor: Factor, numel: int, rounding: float
+    ) -> tuple[Tensor, Tensor, float]:
+        """The sum over the examples along the parameter's direction, and what rounding makes of it."""
+        assert self._directions is not None
+        terms = factor.terms()
+        if terms.is_cuda and terms.dtype == torch.float32:
+            rounding = max(rounding, 2.0**-10)  # of TF32, in which convolutions run
+        rows, columns = self._directions.of(name, numel, factor.width, terms)
+        error = ROUNDINGS * rounding
+        return factor.contract(rows, columns), error * terms.sqrt(), error
+
+    @torch.no_grad()
+    def result(self, passes: Collection[int] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What the passes showed.
+
+        Args:
+            passes: Numbers of the backward passes that count, those that added to ``.grad``; all of them
+                when ``None``.
 
         Returns:
             Squared norm of each example's contribution to the gradient of each parameter, and why the
@@ -235,7 +274,7 @@ class RideAlong:
 
         Raises:
             UnsupportedError: If nothing was seen, with the reason.
-            SampleSkippedError: If no backward pass was made.
+            SampleSkippedError: If no backward pass was made, or several that were not held.
         """
         if self._error:
             raise self._error
@@ -244,92 +283,38 @@ class RideAlong:
                 f"per-example gradients are not available: {self._fatal}",
                 fix="Accumulate over two or more micro-batches instead.",
             )
-        for name in self.comparison.wrong() if self.comparison else ():
-            self._sq_norms.pop(name, None)
-            self._skipped[name] = "its gradient is not all from its module's calls (tied by hand, a penalty)"
-        if not self._sq_norms:
-            if self._calls and not self._backward_began:
-                raise SampleSkippedError("no backward pass was made inside monitor.micro_batch")
+        counted = [shown for number, shown in self._passes.items() if passes is None or number in passes]
+        if self._calls and not counted:
+            raise SampleSkippedError("no backward pass was made inside monitor.micro_batch")
+        self.came_again = not self._several and (
+            len(counted) > 1 or any(shown.incomplete for shown in counted)
+        )
+        if self.came_again:
+            raise SampleSkippedError(
+                "the gradient came in several backward passes",
+                fix="From the next sample on they are added up.",
+            )
+        shown_norms = self._added(counted) if self._several else counted[0].sq_norms if counted else {}
+        sq_norms = {name: norms for name, norms in shown_norms.items() if name not in self._dropped}
+        if not sq_norms:
             reasons = sorted(set(self._skipped.values()))
             raise UnsupportedError(
                 "per-example gradients are not available: no layer was seen in the backward pass "
                 f"({'; '.join(reasons)})",
                 fix="Accumulate over two or more micro-batches instead; a compiled model runs no hooks.",
             )
-        widest = max((norms.dtype for norms in self._sq_norms.values()), key=lambda kind: kind.itemsize)
-        return {name: norms.to(widest) for name, norms in self._sq_norms.items()}, dict(self._skipped)
+        widest = max((norms.dtype for norms in sq_norms.values()), key=lambda kind: kind.itemsize)
+        skipped = {name: reason for name, reason in self._skipped.items() if name not in sq_norms}
+        return {name: norms.to(widest) for name, norms in sq_norms.items()}, skipped
 
-
-class Comparison:
-    """Whether gradients are the sums of their examples' factors, along one random direction for each.
-
-    The direction is a Gaussian outer product, so that both sides cost one pass over what is there, and a
-    difference shows in proportion to its norm. It counts from a thousandth of the gradient's norm, and ten
-    times what rounding makes of the gradient and of its single terms. Losses that couple examples, whose
-    contributions still add up, are not noticed.
-
-    Example:
-        >>> from gradiometer.autodiff.factors import Plain
-        >>> comparison, factor = Comparison(), Plain(torch.ones(1, 4, 2))
-        >>> comparison.expect("weight", factor, 2, 1e-7)
-        >>> comparison.found("weight", torch.tensor([4.0, 5.0]))      # four examples give 4 and 4
-        >>> comparison.wrong()
-        ['weight']
-    """
-
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)  # not the global one
-        self._directions: dict[str, tuple[Tensor, Tensor, float]] = {}
-        self._expected: dict[str, tuple[Tensor, Tensor]] = {}
-        self._found: dict[str, tuple[Tensor, Tensor]] = {}
-        self.judged: set[str] = set()
-
-    def expect(self, name: str, factor: Factor, numel: int, rounding: float) -> None:
-        """Add up the examples.
-
-        Args:
-            name: The parameter.
-            factor: Its gradients.
-            numel: Its number of components.
-            rounding: Relative error of one cotangent.
-        """
-        terms = factor.terms()
-        sizes = numel // factor.width, factor.width
-        rows, columns = (torch.randn(size, generator=self._generator).to(terms) for size in sizes)
-        if terms.is_cuda and terms.dtype == torch.float32:
-            rounding = max(rounding, 2.0**-10)  # of TF32, in which convolutions run
-        error = _ROUNDINGS * rounding
-        self._directions[name] = rows, columns, error
-        self._expected[name] = factor.contract(rows, columns), error * terms.sqrt()
-
-    def found(self, name: str, grad: Tensor) -> None:
-        """Look at the gradient that a parameter received.
-
-        Args:
-            name: The parameter.
-            grad: Its gradient.
-        """
-        if name in self._directions:
-            rows, columns, error = self._directions[name]
-            wide = grad.detach().to(rows.dtype)
-            along = rows @ (wide.reshape(len(rows), -1) @ columns)
-            self._found[name] = along, (_TOLERANCE + error) * torch.linalg.vector_norm(wide)
-
-    def wrong(self) -> list[str]:
-        """Parameters whose gradient is something else; ``judged`` are those of which it is known.
-
-        A gradient that is zero or not finite says nothing.
-        """
-        names = list(self._found)
-        if not names:
-            return []
-        both = [(*self._expected[name], *self._found[name]) for name in names]
-        rows = torch.stack([torch.stack(row).double().cpu() for row in both])
-        difference, bound = (rows[:, 0] - rows[:, 2]).abs(), rows[:, 1] + rows[:, 3]
-        judged = rows.isfinite().all(1) & (bound > 0)
-        self.judged = {name for name, is_judged in zip(names, judged.tolist(), strict=True) if is_judged}
-        apart = (judged & (difference > bound)).tolist()
-        return [name for name, wrong in zip(names, apart, strict=True) if wrong]
+    def _added(self, counted: Sequence[_Pass]) -> dict[str, Tensor]:
+        """The norms of what several passes add up to."""
+        sq_norms: dict[str, Tensor] = {}
+        for module in {module: None for shown in counted for module in shown.factors}:
+            returned = [factors for shown in counted for factors in shown.factors.get(module, ())]
+            if module not in self._left_out:
+                self._contract(module, returned, sq_norms, max(shown.rounding for shown in counted))
+        return sq_norms
 
 
 def _cannot(module: nn.Module, a: Tensor, out: Tensor) -> str | None:

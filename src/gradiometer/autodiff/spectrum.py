@@ -204,7 +204,7 @@ class Curvature:
         InputError: If the kind is unknown.
 
     Example:
-        >>> from gradiometer.autodiff.products import as_training
+        >>> from gradiometer.autodiff.untouched import as_training
         >>> net = nn.Linear(2, 1, bias=False)                   # H = x^T x / N
         >>> x = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
         >>> with as_training(net):

@@ -60,7 +60,7 @@ _PLANS: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
 class LayerTape:
     """Records batches of one network, by a plan of how each parameter is reached.
 
-    To be made and used inside :func:`.functional.measuring`.
+    To be made and used inside :func:`.untouched.measuring`.
 
     Args:
         model: The module whose parameters are followed.

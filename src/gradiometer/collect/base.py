@@ -62,6 +62,7 @@ class Step:
         loss_divisor: What the loss of each micro-batch was divided by; unknown when ``None``.
         loss_scale: Factor on the loss during the backward pass.
         grad_scale: Factor still in ``.grad`` at ``before_step``.
+        broken: Whether the micro-batch before this one ended in an exception.
     """
 
     number: int
@@ -75,6 +76,7 @@ class Step:
     loss_divisor: float | None = None
     loss_scale: float = 1.0
     grad_scale: float = 1.0
+    broken: bool = False
 
     def loss_multiple(self, loss_reduction: str) -> float:
         """How often the step's gradient holds that of the mean loss.
@@ -112,6 +114,8 @@ class Collector(ABC):
     numbers, strings, lists and dictionaries; a tensor may come back on another device."""
     ahead: ClassVar[bool] = False
     """Whether it must also run at the step before one at which its field is needed."""
+    keeps_batch: ClassVar[bool] = False
+    """Whether it makes passes of its own on the step's batch, of which the step then keeps a copy."""
     of_window: ClassVar[bool] = False
     """Whether the memory belongs to a window of steps, and is dropped where windows begin anew."""
 

@@ -29,6 +29,7 @@ class CurvatureCollector(Collector):
     """
 
     moment: ClassVar[MomentName] = "before_step"
+    keeps_batch: ClassVar[bool] = True
     parts: ClassVar[int] = 3
 
     def __init__(self, training: Training, step: Step, memory: Memory) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -25,7 +25,8 @@ from ..optimizers.adam import Preconditioner
 from ..optimizers.base import family_of
 from ..stats.linalg import accumulation_dtype, squared_norms
 from .base import Collector, Memory, MomentName, Step, Training, no_micro_batch
-from .parameter_hooks import ParameterHooks, entries
+from .parameter_hooks import Received, entries
+from .parts_and_whole import Accounts, Balance, foreign
 from .snapshot import GradientParts
 
 FEWEST_NORMALISED = 8
@@ -37,6 +38,14 @@ NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 Refusal: TypeAlias = SampleSkippedError | UnsupportedError
 """Why parts cannot be had, at this step or on this run."""
 _ACCUMULATE = "Accumulate over two or more micro-batches (Lightning: accumulate_grad_batches=2)"
+_INSTEAD = f"{_ACCUMULATE}, or pass loss_fn= to have batches split."
+_FOREIGN = (
+    "per-example gradients are not available: the gradient is more than the sum over the examples (a penalty "
+    "in the loss, a derivative of the gradient, weights tied by hand)"
+)
+_NOT_ALL = "its gradient is not all from its module's calls (tied by hand, a penalty)"
+TRIES = 3
+"""Samples in a row at which something adds to a gradient, before it is taken to stay so."""
 
 
 class PreconditionerCollector(Collector):
@@ -96,12 +105,11 @@ class _Source(PartsCollector):
         }
         self._mean = training.loss_reduction == "mean"
 
-    @property
-    def _divisor(self) -> float:
+    def _divisor(self, balance: Balance) -> float:
         """What each micro-batch's loss was divided by; 1 under a summed loss unless it is known."""
         if self.step.loss_divisor is not None:
             return self.step.loss_divisor
-        return float(len(self.step.sizes)) if self._mean else 1.0
+        return float(len(self.step.sizes)) if self._mean and not balance.averaged else 1.0
 
     def _parts(
         self,
@@ -111,6 +119,7 @@ class _Source(PartsCollector):
         sizes: Tensor,
         batch_sq_norm: Tensor,
         *,
+        balance: Balance | None = None,
         processes: int = 1,
         skipped: dict[str, str] | None = None,
     ) -> GradientParts | Refusal:
@@ -124,6 +133,7 @@ class _Source(PartsCollector):
         covered = [self._trained[name] for name in names]
         counts = self.step.sections.reduce(covered, torch.tensor([p.numel() for p in covered]))
         sq_norms, batch_sq_norm = sq_norms.where(finite, 0.0), batch_sq_norm.where(finite, 0.0)
+        weights = finite.to(batch_sq_norm.dtype) * (1.0 if balance is None else balance.weight)
         plain, *preconditioned = [
             GradientParts(
                 source=source,
@@ -131,21 +141,22 @@ class _Source(PartsCollector):
                 sizes=sizes,
                 shares=shares,
                 batch_sq_norm=batch_sq_norm[..., m],
-                weight=finite[m].to(batch_sq_norm.dtype),
+                weight=weights[m],
                 parameters=counts,
                 coverage=float(counts.sum()) / sum(p.numel() for p in self._trained.values()),
                 skipped=skipped or {},
                 processes=processes,
+                note="" if balance is None else balance.note,
             )
             for m in range(len(finite))
         ]
         return dataclasses.replace(plain, preconditioned=preconditioned[0]) if preconditioned else plain
 
-    def _batch_squares(self, names: Sequence[str], factor: float) -> Tensor:
-        """Squared norm of the mean gradient from ``.grad``, unclipped, ``[U, M]``."""
+    def _batch_squares(self, names: Sequence[str], factor: float, balance: Balance) -> Tensor:
+        """Squared norm of the mean gradient from ``.grad``, as it was before it was clipped, ``[U, M]``."""
         covered = [p for p in (self._trained[name] for name in names) if p.grad is not None]
         squares = self._squares(covered, [p.grad for p in covered if p.grad is not None])
-        return squares * (factor / self.step.grad_scale) ** 2
+        return squares * (factor / (self.step.grad_scale * balance.factor)) ** 2
 
     def _squares(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         """Squared norm of a gradient, ``[U, M]``."""
@@ -164,23 +175,68 @@ class _Source(PartsCollector):
         return self.step.sections.reduce(parameters, squares)
 
 
-class ExampleSource(_Source):
-    """Single examples of the step's first micro-batch, by riding along with its own two passes.
+class _HookedSource(_Source):
+    """A source that looks at the user's own backward passes, and holds them against ``.grad``."""
 
-    The first time, each parameter's gradient is compared with the sum over the examples; where something
-    else adds to it, it is left out from then on.
+    def __init__(
+        self, training: Training, step: Step, memory: Memory, accounts: Accounts | None = None
+    ) -> None:
+        super().__init__(training, step, memory)
+        self._shared = accounts is not None
+        self.accounts = accounts or Accounts(self._trained, memory)
+        self._settled: Balance | SampleSkippedError | None = None
+
+    def enter(self, size: int) -> None:
+        """Hook the parameters for one backward pass."""
+        if not self._shared:
+            self.accounts.enter(size, self.step.metric)
+
+    def exit(self) -> None:
+        """Take the hooks off."""
+        if not self._shared:
+            self.accounts.exit()
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        self.exit()
+
+    def settle(self) -> Balance | SampleSkippedError:
+        """The micro-batches whose gradients are in ``.grad``; the others are taken out of the step."""
+        if not self.step.sizes:
+            return no_micro_batch()
+        if not any(p.grad is not None for p in self._trained.values()):
+            return SampleSkippedError("no parameter has a gradient at this step")
+        hooks = self.accounts.hooks
+        self.seconds_in_hooks, hooks.seconds = self.seconds_in_hooks + hooks.seconds, 0.0
+        balance = self.accounts.settle(
+            self.step.grad_scale, self.step.loss_scale, recording=self.step.recording
+        )
+        if isinstance(balance, Balance) and balance.micro_batches:
+            self.step.sizes[:] = self.accounts.sizes
+        return balance
+
+
+class ExampleSource(_HookedSource):
+    """Single examples of the step's first micro-batch, by riding along with its own passes.
+
+    Each parameter's gradient is compared with the sum over the examples. Where something else adds to it at
+    the first look, or three times in a row, it is left out from then on.
     """
 
     layers: ClassVar[tuple[type[nn.Module], ...] | None] = None
     name: ClassVar[str] = "per example"
 
-    def __init__(self, training: Training, step: Step, memory: Memory) -> None:
-        super().__init__(training, step, memory)
+    def __init__(
+        self, training: Training, step: Step, memory: Memory, accounts: Accounts | None = None
+    ) -> None:
+        super().__init__(training, step, memory, accounts)
         self._tape: RideAlong | None = None
+        self._received: Received | None = None
         # why a parameter's gradient is more than the sum of its examples', or "" where it is that sum
         self._unaccounted: dict[str, str] = memory.setdefault("unaccounted", {})
-        self._hooks: ParameterHooks | None = None
         self.refusal: str | None = None
+        self.foreign = False
+        """Whether something else adds to most of the gradients at this step."""
         self._wanted = self._trained
         if self.layers is not None:
             of_layers = {
@@ -190,74 +246,81 @@ class ExampleSource(_Source):
                 for p in m.parameters(recurse=False)
             }
             self._wanted = {name: p for name, p in self._trained.items() if id(p) in of_layers}
+            if accounts is None:
+                self.accounts = Accounts(self._wanted, memory)
 
     def enter(self, size: int) -> None:
-        """Hook the layers in the first micro-batch, and the parameters if more are to come."""
-        if len(self.step.sizes) > 1:
+        """Hook the parameters, and in the first micro-batch the layers."""
+        super().enter(size)
+        given_up = self.step.broken or (self._received is not None and self._received.given_up)
+        if self._tape is not None and not given_up:
             return
         self.refusal = refusal(self.training.model)
         if self.refusal is None and not self._wanted:
             self.refusal = f"the model has none of the layers of source={self.name!r}"
         if self.refusal is not None:
             return
-        reasons, metric = self._unaccounted, self.step.metric
+        metric = self.step.metric
+        self._received = self.accounts.hooks.micro_batches[-1]
         self._tape = RideAlong(
             self.training.model,
             size,
-            [p for name, p in self._wanted.items() if not reasons.get(name)],
+            [p for name, p in self._wanted.items() if not self._unaccounted.get(name)],
             metric=None if metric is None else lambda p: _squared(metric.of(p)),
-            check=not self._wanted.keys() <= reasons.keys(),
+            directions=self.accounts.directions,
+            several=self.memory.get("several", False),
         )
-        self._hooks = ParameterHooks(self._wanted)
-        if self.step.micro_batches_before != 1:
-            self._hooks.attach(metric)
 
     def exit(self) -> None:
         """Take the hooks off."""
+        super().exit()
         if self._tape is not None:
             self._tape.detach()
-        if self._hooks is not None:
-            self._hooks.detach()
-
-    def close(self) -> None:
-        """Take the hooks off."""
-        self.exit()
 
     def measure(self) -> GradientParts | Refusal:
         """Reduce everything while ``.grad`` is still unclipped."""
-        if not self.step.sizes:
-            return no_micro_batch()
-        if self._tape is None or self._hooks is None:
+        balance = self.settle()
+        if not isinstance(balance, Balance):
+            return balance
+        if self._tape is None or self._received is None:
             return UnsupportedError(
                 f"per-example gradients are not available: {self.refusal}",
                 fix=f"{_ACCUMULATE}, or leave GradientNoiseScale out of observables=.",
             )
-        if not any(p.grad is not None for p in self._wanted.values()):
-            return SampleSkippedError("no parameter has a gradient at this step")
+        if balance.micro_batches and self._received not in balance.micro_batches:
+            return SampleSkippedError("the first micro-batch of this step was given up")
         try:
-            by_parameter, skipped = self._tape.result()
+            by_parameter, skipped = self._tape.result(self._received.passes)
         except (SampleSkippedError, UnsupportedError) as refusal:
+            self.memory["several"] = self.memory.get("several", False) or self._tape.came_again
             return refusal
-        self.seconds_in_hooks += self._tape.seconds + self._hooks.seconds
+        self.seconds_in_hooks += self._tape.seconds
+        answer = self._accounted(by_parameter)
+        if not isinstance(answer, Tensor):
+            return answer
+        balance = dataclasses.replace(balance, weight=balance.weight * answer)
         skipped |= {name: reason for name, reason in self._unaccounted.items() if reason}
-        self._remember(skipped)
-        names, size, divisor = list(by_parameter), self.step.sizes[0], self._divisor
+        by_parameter = {name: norms for name, norms in by_parameter.items() if name not in skipped}
+        names, size, divisor = list(by_parameter), self._received.size, self._divisor(balance)
         scale = divisor / self.step.loss_scale
         sq_norms = self._rows(by_parameter) * (scale * (size if self._mean else 1.0)) ** 2
         share = 1.0 if self._mean else 1.0 / size
-        if len(self.step.sizes) == 1:
-            batch_sq_norm = self._batch_squares(names, divisor * share)
+        alone = len(balance.micro_batches) == 1
+        if alone:
+            batch_sq_norm = self._batch_squares(names, divisor * share, balance)
         else:
-            self._hooks.check()
-            if not self._hooks.norms:
-                return SampleSkippedError("this step has several micro-batches where the last had one")
-            norms = {name: self._hooks.norms[name] for name in names}
+            norms = {name: self._received.norms[name] for name in names}
             batch_sq_norm = self._sums(norms) * (scale * share) ** 2
-        # the gradient of one micro-batch among several is this process's own
-        processes = parallel.world_size() if len(self.step.sizes) == 1 else 1
-        ones = torch.ones(size, dtype=torch.int64)
         return self._parts(
-            self.name, names, sq_norms, ones, batch_sq_norm, processes=processes, skipped=skipped
+            self.name,
+            names,
+            sq_norms,
+            torch.ones(size, dtype=torch.int64),
+            batch_sq_norm,
+            balance=balance,
+            # the gradient of one micro-batch among several is this process's own
+            processes=parallel.world_size() if alone else 1,
+            skipped=skipped,
         )
 
     def _rows(self, by_parameter: Mapping[str, Tensor]) -> Tensor:
@@ -271,11 +334,31 @@ class ExampleSource(_Source):
         parameters = [self._trained[name] for name in by_parameter]
         return self.step.sections.reduce(parameters, rows.to(accumulation_dtype(rows.device))).transpose(0, 1)
 
-    def _remember(self, skipped: Mapping[str, str]) -> None:
-        """Which parameters have been looked at; one without any gradient is looked at again."""
-        comparison = self._tape.comparison if self._tape is not None else None
-        for name in comparison.judged if comparison is not None else ():
-            self._unaccounted[name] = skipped.get(name, "")
+    def _accounted(self, seen: Collection[str]) -> Tensor | Refusal:
+        """Note which parameters' gradients are more than the sums over the examples; the sample's weight.
+
+        Where looking means waiting for the device, the weight alone says it.
+        """
+        assert self._tape is not None
+        assert self._received is not None
+        names, apart, judged = foreign(self._tape.expected, self._received)
+        if apart.device.type != "cpu" and not self.step.recording:
+            return (~apart.any()).to(accumulation_dtype(apart.device))
+        wrong = [name for name, is_apart in zip(names, apart.tolist(), strict=True) if is_apart]
+        times: dict[str, int] = self.memory.setdefault("wrong_in_a_row", {})
+        for name, says_something in zip(names, judged.tolist(), strict=True):
+            if says_something and name not in wrong:
+                self._unaccounted.setdefault(name, "")
+                times.pop(name, None)
+        sound = sum(self._wanted[name].numel() for name in seen if name not in wrong)
+        self.foreign = bool(wrong) and sound < LEAST_COVERAGE * sum(p.numel() for p in self._wanted.values())
+        waiting = [name for name in wrong if self.foreign or name in self._unaccounted]
+        for name in waiting:
+            times[name] = times.get(name, 0) + 1
+        if any(times[name] < TRIES for name in waiting):
+            return SampleSkippedError(_FOREIGN, fix=_INSTEAD)
+        self._unaccounted.update(dict.fromkeys(wrong, _NOT_ALL))
+        return torch.ones(()) if sound else UnsupportedError(_FOREIGN, fix=_INSTEAD)
 
 
 def _squared(factor: Tensor | None) -> Tensor | None:
@@ -289,51 +372,36 @@ class NormLayerSource(ExampleSource):
     name = "norm layers"
 
 
-class MicroBatchSource(_Source):
+class MicroBatchSource(_HookedSource):
     """Micro-batches of gradient accumulation, on every process."""
-
-    def __init__(self, training: Training, step: Step, memory: Memory) -> None:
-        super().__init__(training, step, memory)
-        self._hooks = ParameterHooks(self._trained)
-        self._micro: list[dict[str, Tensor]] = []
-
-    def enter(self, size: int) -> None:
-        """Hook the parameters for one backward pass."""
-        self._hooks.attach(self.step.metric)
-
-    def exit(self) -> None:
-        """Note what came."""
-        self._hooks.detach()
-        self._micro.append(self._hooks.norms)
-
-    def close(self) -> None:
-        """Take the hooks off."""
-        self._hooks.detach()
 
     def measure(self) -> GradientParts | Refusal:
         """Reduce everything while ``.grad`` is still unclipped."""
-        if not self.step.sizes:
-            return no_micro_batch()
-        if not any(p.grad is not None for p in self._trained.values()):
-            return SampleSkippedError("no parameter has a gradient at this step")
-        self._hooks.check()
-        self.seconds_in_hooks += self._hooks.seconds
-        # a micro-batch that was given up has no backward pass and is no part of the gradient
-        seen = [(norms, n) for norms, n in zip(self._micro, self.step.sizes, strict=True) if norms]
+        balance = self.settle()
+        if not isinstance(balance, Balance):
+            return balance
+        seen = balance.micro_batches
         if len(seen) * parallel.world_size() < 2:
             return SampleSkippedError("fewer than two micro-batches of this step had a backward pass")
-        self.step.sizes = [n if norms else 0 for norms, n in zip(self._micro, self.step.sizes, strict=True)]
-        sizes = torch.tensor([n for _, n in seen])
-        factors = torch.full((len(seen),), self._divisor / self.step.loss_scale, dtype=torch.float64)
+        sizes = torch.tensor([received.size for received in seen])
+        factors = torch.full((len(seen),), self._divisor(balance) / self.step.loss_scale, dtype=torch.float64)
         if not self._mean:
             factors /= sizes
-        rows = torch.stack([self._sums(norms) for norms, _ in seen])
+        rows = torch.stack([self._sums(received.norms) for received in seen])
         sq_norms = rows * factors.to(rows)[:, None, None].square()
-        names = [name for name in self._trained if any(name in norms for norms, _ in seen)]
-        factor = self._divisor / (len(seen) if self._mean else int(sizes.sum()))
-        batch_sq_norm = self._batch_squares(names, factor)
-        processes = parallel.world_size()
-        return self._parts(self._name(len(seen)), names, sq_norms, sizes, batch_sq_norm, processes=processes)
+        # a parameter without a gradient in this process's pass still has one in the mean over processes
+        names = [name for name, p in self._trained.items() if p.grad is not None]
+        factor = self._divisor(balance) / (len(seen) if self._mean else int(sizes.sum()))
+        batch_sq_norm = self._batch_squares(names, factor, balance)
+        return self._parts(
+            self._name(len(seen)),
+            names,
+            sq_norms,
+            sizes,
+            batch_sq_norm,
+            balance=balance,
+            processes=parallel.world_size(),
+        )
 
     @staticmethod
     def _name(micro_batches: int) -> str:
@@ -350,6 +418,7 @@ class SplitSource(_Source):
     is the same in both.
     """
 
+    keeps_batch: ClassVar[bool] = True
     pieces: ClassVar[int] = 8
 
     def measure(self) -> GradientParts | Refusal:
@@ -391,6 +460,8 @@ class AutoSource(PartsCollector):
     A batch is split where the loss is known and single examples are seen of too few parameters.
     """
 
+    keeps_batch: ClassVar[bool] = True
+
     def __init__(self, training: Training, step: Step, memory: Memory) -> None:
         super().__init__(training, step, memory)
         self._micro = MicroBatchSource(training, step, memory)
@@ -399,11 +470,13 @@ class AutoSource(PartsCollector):
     def enter(self, size: int) -> None:
         """Hook the parameters; ride along too unless parts of another kind are known to come."""
         self._micro.enter(size)
-        if len(self.step.sizes) == 1 and self.step.micro_batches_before < 2 and parallel.world_size() == 1:
-            self._examples = ExampleSource(self.training, self.step, self.memory)
+        first = len(self.step.sizes) == 1 and self.step.micro_batches_before < 2
+        if self._examples is None and first and parallel.world_size() == 1:
+            self._examples = ExampleSource(
+                self.training, self.step, self.memory, accounts=self._micro.accounts
+            )
+        if self._examples is not None:
             self._examples.enter(size)
-        elif self._examples is not None:
-            self._examples.close()
 
     def exit(self) -> None:
         """A backward pass is done."""
@@ -420,12 +493,16 @@ class AutoSource(PartsCollector):
         return measured
 
     def _choose(self) -> GradientParts | Refusal:
-        if len(self.step.sizes) > 1 or parallel.world_size() > 1 or not self.step.sizes:
+        balance = self._micro.settle()
+        if not isinstance(balance, Balance):
+            return balance
+        if len(self.step.sizes) > 1 or parallel.world_size() > 1:
             return self._micro.measure()
         if self._examples is None:
             return SampleSkippedError("this step has one micro-batch where the last had several")
         measured = self._examples.measure()
-        if self.training.loss_fn is not None and _covers_too_little(measured):
+        too_little = self._examples.foreign or _covers_too_little(measured)
+        if self.training.loss_fn is not None and too_little:
             return SplitSource(self.training, self.step, self.memory).measure()
         return measured
 

@@ -66,6 +66,7 @@ class GradientParts:
         coverage: Their share of all trainable parameters.
         skipped: Why the others are missing, by parameter name.
         processes: Processes whose parts make up the batch's gradient.
+        note: What was undone between the parts and the batch, in words.
         preconditioned: The same in the metric of the optimizer's own steps, where it is asked for.
 
     Shapes:
@@ -82,6 +83,7 @@ class GradientParts:
     coverage: float
     skipped: Mapping[str, str]
     processes: int = 1
+    note: str = ""
     preconditioned: GradientParts | None = None
 
 

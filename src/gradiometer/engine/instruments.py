@@ -108,7 +108,7 @@ class Instruments:
                     text = f"{what}: {error} What rests on it is left out; the rest is read."
                     self._guard.warn(text, str(error))
             except Exception as error:
-                self.fail(step, taking, error)
+                self.keep(taking, error)
             taking.seconds += perf_counter() - began
 
     def _missing(self, step: StepUnderWay, taking: Taking) -> list[Exception]:
@@ -130,6 +130,10 @@ class Instruments:
             What records at this step.
         """
         for taking in step.takings:
+            error = taking.error
+            if error is not None and not self._ranks.together:
+                taking.error = None
+                self._settle(self._instruments[taking.name], taking, error, step.number, ready=step.ready)
             if taking.sample is not None and not taking.failed:
                 try:
                     self._instruments[taking.name].estimator.add(taking.sample, taking.weight)
@@ -176,6 +180,17 @@ class Instruments:
             taking.seconds += perf_counter() - began
         return readings
 
+    def keep(self, taking: Taking, error: Exception) -> None:
+        """Contain an error until the step has been made, since one that is not made is measured again.
+
+        Args:
+            taking: What was to be taken.
+            error: Why it could not be.
+        """
+        if not self._guard.contains:
+            raise error
+        self._ranks.keep(taking, error)
+
     def fail(self, step: StepUnderWay, taking: Taking, error: Exception) -> None:
         """Contain an error; on several processes all settle it at their next record.
 
@@ -203,6 +218,7 @@ class Instruments:
                 self._guard.warn(text, str(error))
             return
         instrument.fail(taking, error)
+        taking.recording = taking.recording or instrument.retired  # what was read last is no longer true
         fate = f"It reads nan, and is left out after {TRIES} failures in a row."
         if instrument.retired:
             fate = "It is left out from here on."

@@ -123,6 +123,25 @@ class Measurement:
         step.collect(self.training, self.memories)
         return step
 
+    def joined(self, step: StepUnderWay | None) -> StepUnderWay | None:
+        """The step that a new micro-batch belongs to; ``None`` where it begins one.
+
+        Without any gradient in place, what came before was given up, or the optimizer skipped its step.
+
+        Args:
+            step: The step under way.
+        """
+        if step is None or (not step.ready and not step.sizes):
+            return step
+        in_place = any(parameter.grad is not None for parameter in self.training.parameters())
+        if step.ready and not (in_place and step.sizes):
+            return None
+        if step.ready:
+            step.go_on()
+        elif not in_place:
+            step.sizes[:] = [0] * len(step.sizes)
+        return step
+
     def _divide(self, takings: Sequence[Taking]) -> None:
         """Keep the sections of parameters right."""
         divided = self.instruments.affected(takings, "parameters")
@@ -215,7 +234,7 @@ class Measurement:
         except Exception as error:  # the other processes are waiting for this one's record
             for taking in late:
                 if not taking.done:
-                    self.instruments.fail(step, taking, error)
+                    self.instruments.keep(taking, error)
         self.record(step)
 
     def record(self, step: StepUnderWay) -> None:
@@ -238,7 +257,7 @@ class Measurement:
         readings += self.cost.readings(self._prefix, seconds)
         if decisions:
             self.output.hand_on(lambda recorder: getattr(recorder, "record_decisions", ignore)(decisions))
-        self.output.add(step.number, readings, self.division.groups)
+        self.output.add(step.logged, readings, self.division.groups)
 
     def _control(
         self, step: StepUnderWay, recorded: set[str], readings: list[Reading]
@@ -271,7 +290,7 @@ class Measurement:
         """
         measured = self.guard.seconds
         if step is not None:
-            self._micro_batches_before = len(step.sizes)
+            self._micro_batches_before = sum(size > 0 for size in step.sizes)
             if step.takings:
                 measured += step.seconds_in_hooks()
                 step.share_costs()

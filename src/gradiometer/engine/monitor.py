@@ -113,6 +113,8 @@ class Monitor:
             controller.check_run(dataset_size)
         self.model, self.optimizer = model, optimizer
         self.step = 0
+        self.logged_step: int | None = None
+        """The step under which this batch's loss is logged, where that is not the number of steps made."""
         self.dataset_size = dataset_size
         self._probe_size = probe_size
         self.guard = Guard(on_error)
@@ -131,6 +133,7 @@ class Monitor:
             budget=budget,
         )
         self._step: StepUnderWay | None = None
+        self._closed = False
         self._step_began: float | None = None
         self._handle = unwrapped(optimizer).register_step_post_hook(self._after_step)
 
@@ -148,10 +151,11 @@ class Monitor:
     @contained("starting a micro-batch")
     def begin_micro_batch(self, x: Any, y: Tensor | None = None) -> None:
         """As entering :meth:`micro_batch`, for loops made of callbacks."""
-        step = self._step
-        if step is not None and step.ready:
+        if self._closed:
+            return
+        step = self._measurement.joined(self._step)
+        if step is None and self._step is not None:
             self._abandon_step()
-            step = None
         if not self._measurement.met:
             self._measurement.meet(self.step, x, y, self._probe_size)
         if step is None:
@@ -159,8 +163,7 @@ class Monitor:
         size = examples(x)
         step.sizes.append(size)
         if step.takings:
-            step.batch = x, y
-            step.enter(size)
+            step.enter(size, x, y)
 
     def begin_batch(self, batch: Any, input_key: str | None = None, target_key: str | None = None) -> None:
         """As :meth:`begin_micro_batch`, with a whole batch: a pair, or a mapping with these keys.
@@ -178,15 +181,20 @@ class Monitor:
     def _split(self, batch: Any, input_key: str | None, target_key: str | None) -> tuple[Any, Tensor | None]:
         return split_batch(batch, input_key, target_key)
 
-    def end_micro_batch(self) -> None:
-        """As leaving :meth:`micro_batch`."""
+    def end_micro_batch(self, *, broken: bool = False) -> None:
+        """As leaving :meth:`micro_batch`.
+
+        Args:
+            broken: Whether an exception ended it.
+        """
         if self._step is not None and self._step.takings:
-            self._leave()
+            self._leave(broken)
 
     @contained("ending a micro-batch")
-    def _leave(self) -> None:
+    def _leave(self, broken: bool) -> None:
         if self._step is not None:
             self._step.exit()
+            self._step.broken = broken
 
     def before_step(
         self, *, grad_scale: float = 1.0, loss_scale: float | None = None, loss_divisor: float | None = None
@@ -203,7 +211,7 @@ class Monitor:
         step = self._step
         if step is not None and not step.takings:
             step.ready = True
-        else:
+        elif not self._closed:
             self._look_at_gradient(grad_scale, grad_scale if loss_scale is None else loss_scale, loss_divisor)
 
     @contained("before the step")
@@ -213,6 +221,16 @@ class Monitor:
         step.ready = True
         step.grad_scale, step.loss_scale, step.loss_divisor = grad_scale, loss_scale, loss_divisor
         self._measurement.look_at_gradient(step)
+
+    @contained("leaving a step out")
+    def skip_step(self) -> None:
+        """The optimizer made no step after ``before_step``, and its gradients are thrown away.
+
+        Without this call it is seen by the gradients, if they are gone when the next micro-batch begins. Does
+        nothing where the step was made.
+        """
+        if self._step is not None and self._step.ready:
+            self._abandon_step()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The optimizer's post-step hook: the update has been made."""
@@ -256,6 +274,7 @@ class Monitor:
         if self._step_began is None:
             self._step_began = perf_counter()
         self._step = self._measurement.begin(self.step)
+        self._step.logged = self.step if self.logged_step is None else self.logged_step
         return self._step
 
     def _abandon_step(self) -> None:
@@ -303,11 +322,13 @@ class Monitor:
         return panel is not None and panel.should_stop
 
     def close(self) -> None:
-        """Remove the hooks and close the recorders; may be called twice."""
+        """Remove the hooks, close the recorders and end all measuring; may be called twice."""
+        self._closed = True
         self._handle.remove()
         self._measurement.steering.close()
         if self._step is not None:
             self._step.close()
+            self._step = None
         self._measurement.output.close()
 
     def __enter__(self) -> Monitor:
@@ -357,5 +378,5 @@ class _MicroBatch:
     def __enter__(self) -> None:
         self._monitor.begin_micro_batch(*self._batch)
 
-    def __exit__(self, *exception: object) -> None:
-        self._monitor.end_micro_batch()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._monitor.end_micro_batch(broken=kind is not None)

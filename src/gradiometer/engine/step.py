@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..autodiff.functional import detached_copy
 from ..collect.base import Collector, Memory, Step, Training
 from ..collect.registry import COLLECTORS
 
@@ -40,6 +41,10 @@ class Taking:
     note: str = ""
     seconds: float = 0.0
 
+    def again(self) -> None:
+        """It is taken anew."""
+        self.done, self.failed, self.error, self.sample, self.levels = False, False, None, None, {}
+
     def drop(self) -> None:
         """Nothing of this step is averaged or read."""
         self.failed, self.sample, self.levels = True, None, {}
@@ -55,12 +60,15 @@ class StepUnderWay(Step):
     takings: list[Taking] = field(default_factory=list)
     ready: bool = False
     """Whether ``before_step`` has been called."""
+    logged: int = 0
+    """The step under which readings are recorded."""
 
     def __post_init__(self) -> None:
         """No collector yet."""
         self.errors: dict[str, Exception] = {}
         self._collectors: dict[str, Collector] = {}
         self._spent: dict[str, float] = {}
+        self._loss_is_known = False
 
     def collect(self, training: Training, memories: Mapping[str, Memory]) -> None:
         """Make the collectors of all fields that are needed.
@@ -69,6 +77,7 @@ class StepUnderWay(Step):
             training: What is being trained.
             memories: What the collectors of each field keep from step to step.
         """
+        self._loss_is_known = training.loss_fn is not None
         for name in sorted(
             {need for taking in self.takings for need in taking.needs | taking.ahead} & COLLECTORS.keys()
         ):
@@ -82,12 +91,16 @@ class StepUnderWay(Step):
         collector = self._collectors.get("preconditioner")
         return None if collector is None else collector.result()
 
-    def enter(self, size: int) -> None:
+    def enter(self, size: int, x: Any, y: Any) -> None:
         """A micro-batch begins.
 
         Args:
             size: Its examples.
+            x: Its inputs, which the model may write to.
+            y: Their targets.
         """
+        if self._loss_is_known and any(collector.keeps_batch for collector in self._collectors.values()):
+            self.batch = detached_copy((x, y))
         for name, collector in self._collectors.items():
             if "enter" in collector.stages:
                 self._attempt(name, collector.enter, size)
@@ -103,6 +116,17 @@ class StepUnderWay(Step):
         for name, collector in self._collectors.items():
             if "before_step" in collector.stages:
                 self._attempt(name, collector.before_step)
+
+    def go_on(self) -> None:
+        """The optimizer made no step after ``before_step``, and gradients go on adding up.
+
+        What rests on this step's batches is measured again; kernels and Jacobians at these weights stand.
+        """
+        self.ready = False
+        self.errors.clear()
+        for taking in self.takings:
+            if taking.done and taking.needs - {"probe"}:
+                taking.again()
 
     def fields(self, needed: Collection[str]) -> dict[str, Any]:
         """Results of the collectors; those that fail are left out, and their errors kept.

@@ -440,6 +440,8 @@ class GradientNoiseScale(Observable):
             text += f"; skipped: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
         if snapshot.has("replacement") and not snapshot.replacement:
             text += f"; {WITHOUT_REPLACEMENT}"
+        if parts.note:
+            text += f"; {parts.note}"
         if self.cross_check is not None and snapshot.has(_FIELDS[self.cross_check]):
             other: GradientParts = getattr(snapshot, _FIELDS[self.cross_check])
             verb = "checked against" if comparable(parts, other) else "not comparable with"

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..autodiff.functional import measuring
 from ..autodiff.jacobian import (
     EXACT_OUTPUTS,
     differentiable,
@@ -20,6 +19,7 @@ from ..autodiff.jacobian import (
     projected_sq_norms,
     spectral_norms,
 )
+from ..autodiff.untouched import measuring
 from ..collect.snapshot import Snapshot
 from ..errors import InputError
 from ..record.readings import Quantity, Reading

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..autodiff.empirical_ntk import checked_weights
 from ..autodiff.functional import examples
-from ..autodiff.products import LossFn, as_training
+from ..autodiff.products import LossFn
 from ..autodiff.spectrum import TOLERANCE, Curvature, CurvatureKind
+from ..autodiff.untouched import as_training
 from ..collect.snapshot import Snapshot
 from ..errors import InputError, SampleSkippedError, UnsupportedError
 from ..optimizers import ParameterStep

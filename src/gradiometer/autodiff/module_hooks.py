@@ -1,0 +1,84 @@
+"""Hooks on the calls of some modules that stand on none of them.
+
+They are torch's global hooks, which pass over every other module. So a copy or a pickle of the model that is
+made meanwhile carries nothing of ours, and one call takes them off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakMethod
+
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+"""Path, module, arguments, keyword arguments, what was returned."""
+
+
+class ModuleHooks:
+    """Calls a function after each call of some modules, before the user's own hooks.
+
+    Args:
+        paths: The modules, and their paths.
+        after: Called after each of their calls; what it returns does not matter.
+        before: Called before each of them.
+
+    Example:
+        >>> import torch
+        >>> net, seen = nn.Sequential(nn.Linear(2, 1), nn.Tanh()), []
+        >>> hooks = ModuleHooks({net[0]: "0"}, lambda path, module, *call: seen.append(path))
+        >>> hooks.attach(); _ = net(torch.ones(1, 2)); hooks.detach()
+        >>> seen
+        ['0']
+    """
+
+    def __init__(
+        self, paths: Mapping[nn.Module, str], after: After, before: Callable[[], None] | None = None
+    ) -> None:
+        self._paths, self._after, self._before = paths, after, before
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Look at all calls from now on."""
+        if self._paths:
+            self._handles.append(register_module_forward_hook(weakly(self._returned), with_kwargs=True))
+        if self._paths and self._before is not None:
+            self._handles.append(register_module_forward_pre_hook(weakly(self._called)))
+
+    def detach(self) -> None:
+        """Look no more; may be called twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __del__(self) -> None:
+        """Nobody looks any more, as after an interrupt."""
+        self.detach()
+
+    def _called(self, module: nn.Module, args: Any) -> None:
+        del args
+        if module in self._paths and self._before is not None:
+            self._before()
+
+    def _returned(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        path = self._paths.get(module)
+        if path is not None:
+            self._after(path, module, args, kwargs, out)
+
+
+def weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """A method that does nothing once nobody else holds its object.
+
+    Args:
+        method: A bound method.
+    """
+    reference = WeakMethod(method)
+
+    def hook(*arguments: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*arguments)
+
+    return hook
