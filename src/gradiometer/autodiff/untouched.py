@@ -10,11 +10,12 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
-from types import FunctionType, ModuleType
-from typing import Any
+from operator import is_
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
+"""Attributes that every module has; beside the tables those are hooks, and no forward pass adds to them."""
 _DEPTH = 4
 """How far objects are followed from a module: a helper, its list, and what is in it."""
 _LONGEST = 10_000
@@ -148,6 +151,7 @@ class State:
 
     def __init__(self, model: nn.Module, *, generators: bool = False) -> None:
         self._followed: dict[int, Any] = {}  # by address, and kept alive, so that none is used again
+        self._contents: list[_Contents] = []
         self._undo: list[Callable[[], object]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
         modules = list(model.modules())
@@ -173,6 +177,8 @@ class State:
             noticed: Whether autograd may see that tensors were written to, and refuse a graph that needs them
                 as they were in the forward pass.
         """
+        for contents in self._contents:
+            contents.restore()
         for undo in self._undo:
             undo()
         with torch.no_grad():
@@ -185,25 +191,20 @@ class State:
 
     def _module(self, module: nn.Module) -> None:
         """Attributes of a module, and what hangs on them."""
-        attributes = vars(module)
-        tables = {name: dict(attributes[name]) for name in _TABLES}
-        now = {**attributes, **tables}
-
-        def undo() -> None:
-            own_tables = {name: vars(module)[name] for name in _TABLES}
-            for name, table in own_tables.items():
-                _refill(table, tables[name])
-            _refill(vars(module), {**now, **own_tables})
-
-        self._undo.append(undo)
         self._followed[id(module)] = module
+        attributes = vars(module)
+        self._contents.append(_Contents(attributes))
+        self._contents.extend(_Contents(attributes[name]) for name in _TABLES)
         for name, value in attributes.items():
-            if name not in _TABLES:
+            if name not in _OF_ANY_MODULE:
                 self._follow(value, _DEPTH)
 
     def _follow(self, value: Any, depth: int) -> None:
         """Note one value, and what is in it."""
         if value is None or isinstance(value, _PLAIN) or id(value) in self._followed or depth == 0:
+            return
+        if isinstance(value, (FunctionType, MethodType, partial)):
+            self._code(value, depth)
             return
         self._followed[id(value)] = value
         if isinstance(value, Tensor):
@@ -213,7 +214,7 @@ class State:
             self._generator(value)
         elif isinstance(value, np.ndarray):
             self._array(value)
-        elif _is_container(value):
+        elif isinstance(value, _CONTAINERS):
             self._container(value, depth)
         elif type(value).__module__.partition(".")[0] in self._packages and hasattr(value, "__dict__"):
             self._attributes(value, depth)
@@ -243,19 +244,15 @@ class State:
     def _container(self, container: Any, depth: int) -> None:
         if len(container) > _LONGEST:
             return
-        values = list(container.values()) if isinstance(container, dict) else list(container)
+        contents = _Contents(container)
         if not isinstance(container, tuple):
-            before = dict(container) if isinstance(container, dict) else list(container)
-            self._undo.append(partial(_refill, container, before))
-        for value in values:
+            self._contents.append(contents)
+        for value in contents.values:
             self._follow(value, depth - 1)
 
     def _attributes(self, thing: Any, depth: int) -> None:
         """An object of the model's own package."""
-        before = dict(vars(thing))
-        self._undo.append(partial(_refill, vars(thing), before))
-        for value in before.values():
-            self._follow(value, depth - 1)
+        self._container(vars(thing), depth)
 
     def _class(self, kind: type) -> None:
         """Attributes of a class, and what the code of its methods names."""
@@ -266,36 +263,34 @@ class State:
                 self._undo.append(partial(_set_back, kind, name, value))
                 self._follow(value, _DEPTH)
 
+    def _code(self, value: Any, depth: int) -> None:
+        """A function, and what belongs to it."""
+        if isinstance(value, partial):
+            for part in (value.func, *value.args, *value.keywords.values()):
+                self._follow(part, depth - 1)
+        elif isinstance(value, MethodType):
+            self._follow(value.__self__, depth)
+            self._follow(value.__func__, depth)
+        elif (value.__module__ or "").partition(".")[0] in self._packages:
+            self._function(value, depth)
+
     def _function(self, function: FunctionType, depth: int) -> None:
         """What a function names outside of itself."""
-        if id(function) in self._followed or depth == 0:
+        if id(function) in self._followed:
             return
         self._followed[id(function)] = function
         table = function.__globals__
-        for name in function.__code__.co_names:
-            if name in table:
-                self._named(table, name, depth)
-        for cell in function.__closure__ or ():
-            try:
-                value = cell.cell_contents
-            except ValueError:  # not filled yet
+        for name in _names(function.__code__) & table.keys():
+            value = table[name]
+            if isinstance(value, (ModuleType, type)):
                 continue
-            self._undo.append(partial(setattr, cell, "cell_contents", value))
-            self._value_in_code(value, depth)
-
-    def _named(self, table: dict[str, Any], name: str, depth: int) -> None:
-        value = table[name]
-        if isinstance(value, (ModuleType, type)):
-            return
-        if not callable(value):
-            self._undo.append(partial(table.__setitem__, name, value))
-        self._value_in_code(value, depth)
-
-    def _value_in_code(self, value: Any, depth: int) -> None:
-        if not isinstance(value, FunctionType):
+            if not callable(value):
+                self._undo.append(partial(table.__setitem__, name, value))
             self._follow(value, depth - 1)
-        elif value.__module__ and value.__module__.partition(".")[0] in self._packages:
-            self._function(value, depth - 1)
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # not filled yet
+                self._undo.append(partial(setattr, cell, "cell_contents", cell.cell_contents))
+                self._follow(cell.cell_contents, depth - 1)
 
     def _random_states(self) -> None:
         # the global states are what must be kept
@@ -306,31 +301,46 @@ class State:
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_CONTAINERS = (list, dict, set, deque, tuple, bytearray)
-_ACCESS = ("__getitem__", "__iter__", "__setitem__", "clear", "update", "extend")
+_CONTAINERS = (OrderedDict, dict, list, set, deque, bytearray, tuple)
 
 
-def _is_container(value: Any) -> bool:
-    """Whether a value is a container that gives out what is in it, and nothing made on demand."""
-    for kind in (OrderedDict, *_CONTAINERS):
-        if isinstance(value, kind):
-            return all(getattr(type(value), name, None) is getattr(kind, name, None) for name in _ACCESS)
-    return False
+def _names(code: CodeType) -> set[str]:
+    """Global names in a function, and in the functions within it."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
 
 
-def _refill(container: Any, before: Any) -> None:
-    """Put the entries of a container back, in the container that others know."""
-    mapping = isinstance(container, dict)
-    now = container.values() if mapping else container
-    then = before.values() if mapping else before
-    same = len(now) == len(then) and all(a is b for a, b in zip(now, then, strict=True))
-    if same and (not mapping or all(a is b for a, b in zip(container, before, strict=True))):
-        return
-    container.clear()
-    if mapping or isinstance(container, set):
-        container.update(before)
-    else:
-        container.extend(before)
+class _Contents:
+    """What is in a container, to be put back into the container that others know.
+
+    The container type's own methods are called, since a subclass may give out what it makes on demand.
+    """
+
+    __slots__ = ("container", "keys", "kind", "values")
+
+    def __init__(self, container: Any) -> None:
+        self.container = container
+        self.kind: Any = next(kind for kind in _CONTAINERS if isinstance(container, kind))
+        mapping = isinstance(container, dict)
+        self.keys: list[Any] | None = list(self.kind.keys(container)) if mapping else None
+        self.values = list(self._now())
+
+    def _now(self) -> Iterable[Any]:
+        iterate = self.kind.__iter__ if self.keys is None else self.kind.values
+        return cast("Iterable[Any]", iterate(self.container))
+
+    def restore(self) -> None:
+        """Put everything back, where anything has changed."""
+        same = len(self.container) == len(self.values) and all(map(is_, self._now(), self.values))
+        if same and (self.keys is None or all(map(is_, self.kind.__iter__(self.container), self.keys))):
+            return
+        self.kind.clear(self.container)
+        if self.keys is not None:
+            self.kind.update(self.container, zip(self.keys, self.values, strict=True))
+        elif self.kind is set:
+            self.container.update(self.values)
+        else:
+            self.kind.extend(self.container, self.values)
 
 
 def _set_back(kind: type, name: str, value: Any) -> None:
