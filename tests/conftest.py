@@ -5,6 +5,7 @@ values, the others are slow.
 """
 
 import gc
+import sys
 from itertools import combinations
 
 import pytest
@@ -25,6 +26,15 @@ def no_hook_is_left_behind():
     if everywhere():
         gc.collect()
     assert everywhere() == 0
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_compiled():
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and any(dynamo.eval_frame.cached_backends.values()):
+        dynamo.reset()
+        dynamo.utils.counters.clear()
 
 
 def pytest_collection_modifyitems(items):

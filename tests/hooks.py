@@ -11,6 +11,8 @@ OF_MODULES = (
 OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 GLOBAL = (
     "_global_forward_hooks",
+    "_global_forward_hooks_with_kwargs",
+    "_global_forward_hooks_always_called",
     "_global_forward_pre_hooks",
     "_global_backward_hooks",
     "_global_backward_pre_hooks",

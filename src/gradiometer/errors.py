@@ -66,6 +66,10 @@ class SampleSkippedError(GradiometerError, RuntimeError):
     """This step gives no sample (non-finite gradient, no gradient); the next one may."""
 
 
+class TooEarlyError(SampleSkippedError):
+    """This step gives no sample, as is to be expected at the beginning; nothing is said about it."""
+
+
 class GradiometerWarning(UserWarning):
     """Base of every warning issued here."""
 

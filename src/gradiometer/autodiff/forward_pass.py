@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from .functional import Batch, fresh
-from .module_hooks import ModuleHooks
 from .operations import Operation, Operations
 from .rules import RULES, exception_to_rule
 from .untouched import State
@@ -168,19 +168,19 @@ class _LayerHooks:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
+        # on the modules: a compiled part of the model warns of global hooks
         network = self._network
-        paths = {
-            module: path
-            for path, module in network.model.named_modules()
-            if type(module) in RULES and network.followed(module)
-        }
-        hooks = ModuleHooks(paths, self._after, self._before)
         with ExitStack() as stack:
-            stack.callback(hooks.detach)
-            hooks.attach()
+            for path, module in network.model.named_modules():
+                if type(module) in RULES and network.followed(module):
+                    stack.callback(module.register_forward_pre_hook(self._before).remove)
+                    # before the user's hooks: those may put another output in the place of this one
+                    after = partial(self._after, path)
+                    handle = module.register_forward_hook(after, prepend=True, with_kwargs=True)
+                    stack.callback(handle.remove)
             yield
 
-    def _before(self) -> None:
+    def _before(self, module: nn.Module, args: Any) -> None:
         self._number += 1
         if self._operations is not None:
             self._operations.call = self._number

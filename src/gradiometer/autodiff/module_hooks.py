@@ -1,7 +1,7 @@
 """Hooks on the calls of some modules that stand on none of them.
 
-They are torch's global hooks, which pass over every other module. So a copy or a pickle of the model that is
-made meanwhile carries nothing of ours, and one call takes them off.
+They are one of torch's global hooks, which passes over every other module. So a copy or a pickle of the
+model that is made meanwhile carries nothing of ours, and one call takes them off.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 from weakref import WeakMethod
 
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.module import register_module_forward_hook
 
 After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 """Path, module, arguments, keyword arguments, what was returned."""
@@ -23,7 +24,6 @@ class ModuleHooks:
     Args:
         paths: The modules, and their paths.
         after: Called after each of their calls; what it returns does not matter.
-        before: Called before each of them.
 
     Example:
         >>> import torch
@@ -34,33 +34,27 @@ class ModuleHooks:
         ['0']
     """
 
-    def __init__(
-        self, paths: Mapping[nn.Module, str], after: After, before: Callable[[], None] | None = None
-    ) -> None:
-        self._paths, self._after, self._before = paths, after, before
-        self._handles: list[Any] = []
+    def __init__(self, paths: Mapping[nn.Module, str], after: After) -> None:
+        self._paths, self._after = paths, after
+        self._handle: Any = None
 
     def attach(self) -> None:
         """Look at all calls from now on."""
+        self.detach()
         if self._paths:
-            self._handles.append(register_module_forward_hook(weakly(self._returned), with_kwargs=True))
-        if self._paths and self._before is not None:
-            self._handles.append(register_module_forward_pre_hook(weakly(self._called)))
+            self._handle = register_module_forward_hook(weakly(self._returned), with_kwargs=True)
 
     def detach(self) -> None:
         """Look no more; may be called twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        if self._handle is not None:
+            self._handle.remove()
+            # torch forgets to take this away, and torch.compile takes it for a hook
+            torch_module._global_forward_hooks_with_kwargs.pop(self._handle.id, None)
+            self._handle = None
 
     def __del__(self) -> None:
         """Nobody looks any more, as after an interrupt."""
         self.detach()
-
-    def _called(self, module: nn.Module, args: Any) -> None:
-        del args
-        if module in self._paths and self._before is not None:
-            self._before()
 
     def _returned(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         path = self._paths.get(module)

@@ -48,8 +48,6 @@ def refusal(model: nn.Module) -> str | None:
                 f"module {name!r} ({type(module).__name__}) is in train mode and couples the "
                 "examples of a batch"
             )
-        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
-            return f"module {name or 'model'!r} is compiled, and compiled modules run no hooks"
     return None
 
 

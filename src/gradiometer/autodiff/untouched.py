@@ -301,7 +301,7 @@ class State:
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_CONTAINERS = (OrderedDict, dict, list, set, deque, bytearray, tuple)
+_CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque, bytearray, tuple)
 
 
 def _names(code: CodeType) -> set[str]:
@@ -320,7 +320,7 @@ class _Contents:
 
     def __init__(self, container: Any) -> None:
         self.container = container
-        self.kind: Any = next(kind for kind in _CONTAINERS if isinstance(container, kind))
+        self.kind = next(kind for kind in _CONTAINERS if isinstance(container, kind))
         mapping = isinstance(container, dict)
         self.keys: list[Any] | None = list(self.kind.keys(container)) if mapping else None
         self.values = list(self._now())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SampleSkippedError
+from .compilation import CompilerWatch
 from .sections import Sections
 
 MomentName = Literal["before_step", "after_step"]
@@ -63,6 +64,7 @@ class Step:
         loss_scale: Factor on the loss during the backward pass.
         grad_scale: Factor still in ``.grad`` at ``before_step``.
         broken: Whether the micro-batch before this one ended in an exception.
+        compiler: Knows whether hooks may be put on modules.
     """
 
     number: int
@@ -77,6 +79,7 @@ class Step:
     loss_scale: float = 1.0
     grad_scale: float = 1.0
     broken: bool = False
+    compiler: CompilerWatch = field(default_factory=CompilerWatch)
 
     def loss_multiple(self, loss_reduction: str) -> float:
         """How often the step's gradient holds that of the mean loss.

@@ -38,7 +38,7 @@ NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 Refusal: TypeAlias = SampleSkippedError | UnsupportedError
 """Why parts cannot be had, at this step or on this run."""
 _ACCUMULATE = "Accumulate over two or more micro-batches (Lightning: accumulate_grad_batches=2)"
-_INSTEAD = f"{_ACCUMULATE}, or pass loss_fn= to have batches split."
+_INSTEAD = f"{_ACCUMULATE}, or pass loss_fn= to have batches split, or leave GradientNoiseScale out."
 _FOREIGN = (
     "per-example gradients are not available: the gradient is more than the sum over the examples (a penalty "
     "in the loss, a derivative of the gradient, weights tied by hand)"
@@ -234,7 +234,7 @@ class ExampleSource(_HookedSource):
         self._received: Received | None = None
         # why a parameter's gradient is more than the sum of its examples', or "" where it is that sum
         self._unaccounted: dict[str, str] = memory.setdefault("unaccounted", {})
-        self.refusal: str | None = None
+        self.refusal: Refusal | None = None
         self.foreign = False
         """Whether something else adds to most of the gradients at this step."""
         self._wanted = self._trained
@@ -255,9 +255,7 @@ class ExampleSource(_HookedSource):
         given_up = self.step.broken or (self._received is not None and self._received.given_up)
         if self._tape is not None and not given_up:
             return
-        self.refusal = refusal(self.training.model)
-        if self.refusal is None and not self._wanted:
-            self.refusal = f"the model has none of the layers of source={self.name!r}"
+        self.refusal = self._refusal()
         if self.refusal is not None:
             return
         metric = self.step.metric
@@ -271,6 +269,18 @@ class ExampleSource(_HookedSource):
             several=self.memory.get("several", False),
         )
 
+    def _refusal(self) -> Refusal | None:
+        """Why the layers cannot be hooked."""
+        compiled = self.step.compiler.refusal(self.training.model)
+        if compiled is not None:
+            return compiled
+        reason = refusal(self.training.model)
+        if reason is None and not self._wanted:
+            reason = f"the model has none of the layers of source={self.name!r}"
+        if reason is None:
+            return None
+        return UnsupportedError(f"per-example gradients are not available: {reason}", fix=_INSTEAD)
+
     def exit(self) -> None:
         """Take the hooks off."""
         super().exit()
@@ -282,11 +292,10 @@ class ExampleSource(_HookedSource):
         balance = self.settle()
         if not isinstance(balance, Balance):
             return balance
+        if self.refusal is not None:
+            return self.refusal
         if self._tape is None or self._received is None:
-            return UnsupportedError(
-                f"per-example gradients are not available: {self.refusal}",
-                fix=f"{_ACCUMULATE}, or leave GradientNoiseScale out of observables=.",
-            )
+            return no_micro_batch()
         if balance.micro_batches and self._received not in balance.micro_batches:
             return SampleSkippedError("the first micro-batch of this step was given up")
         try:

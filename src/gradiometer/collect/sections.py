@@ -65,7 +65,7 @@ class Sections:
             for parameter in group["params"]:
                 if not parameter.requires_grad:
                     continue
-                name = names.get(id(parameter), "other.parameter")
+                name = names.get(id(parameter), "other.parameter").replace("_orig_mod.", "")
                 label = "layer." + (name.rpartition(".")[0] or "model") if layers else group_name
                 key = (f"{label}.{INVARIANT}" if name in invariant else label, index)
                 sizes[key] = sizes.get(key, 0) + parameter.numel()

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..collect.base import no_micro_batch
 from ..collect.snapshot import Snapshot
-from ..errors import CostWarning, SampleSkippedError
+from ..errors import CostWarning, SampleSkippedError, TooEarlyError
 from ..observables import Observable
 from ..record.readings import Reading
 from .cost import CostLedger
@@ -187,7 +187,7 @@ class Instruments:
             taking: What was to be taken.
             error: Why it could not be.
         """
-        if not self._guard.contains:
+        if not self._guard.contains and not isinstance(error, TooEarlyError):
             raise error
         self._ranks.keep(taking, error)
 
@@ -213,7 +213,8 @@ class Instruments:
         what = f"{type(instrument.observable).__name__} at step {step}"
         if isinstance(error, SampleSkippedError):
             instrument.skip(taking)
-            if ready:  # else one warning has said that before_step() is missing
+            # where before_step() is missing, one warning has said so
+            if ready and not isinstance(error, TooEarlyError):
                 text = f"{what}: {error} The sample is left out; the next steps are tried."
                 self._guard.warn(text, str(error))
             return

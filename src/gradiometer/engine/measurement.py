@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import parallel
 from ..autodiff.functional import Forward
 from ..collect.base import Memory, Training
+from ..collect.compilation import CompilerWatch
 from ..collect.registry import COLLECTORS
 from ..collect.snapshot import Probe, Snapshot
 from ..control import Controller, View
@@ -74,6 +75,7 @@ class Measurement:
         self.instruments = Instruments(observables, prefix, guard, self.ranks, self.steering.feeds)
         self.memories: dict[str, Memory] = {name: {} for name in COLLECTORS}
         self.settings = Settings()
+        self.compiler = CompilerWatch()
         self._forward, self._dataset_size, self._replacement = forward, dataset_size, replacement
         self._controllers, self._prefix, self._budget = tuple(controllers), prefix, budget
         self._updates = self._micro_batches_before = 0
@@ -117,6 +119,7 @@ class Measurement:
             micro_batches_before=self._micro_batches_before,
             updates=self._updates,
             drifts=self.settings.drifts,
+            compiler=self.compiler,
             recording=any(taking.recording for taking in takings),
             takings=takings,
         )
@@ -288,6 +291,7 @@ class Measurement:
             step: The step that has been made.
             loop_seconds: How long it took, our own work included; ``None`` at the first step.
         """
+        self.compiler.step_made()
         measured = self.guard.seconds
         if step is not None:
             self._micro_batches_before = sum(size > 0 for size in step.sizes)

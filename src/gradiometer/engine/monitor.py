@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autodiff.functional import Forward, examples, matrix_forward
+from ..autodiff.untouched import original
 from ..collect.base import LossFunction, Training
 from ..collect.call import split_batch
 from ..control import Controller, check_controllers, with_needed
@@ -41,7 +42,7 @@ class Monitor:
     """Measures a training run from inside, without changing it.
 
     Args:
-        model: The model being trained, not wrapped for data parallelism.
+        model: The model being trained, not wrapped for data parallelism; compiled or not.
         optimizer: Its optimizer. A post-step hook is registered here and removed by :meth:`close`.
         observables: What to measure; the default set when ``None``.
         controllers: What acts on readings; the observables they need are added.
@@ -105,6 +106,7 @@ class Monitor:
         on_error: Literal["warn", "raise"] = "warn",
         budget: float | None = None,
     ) -> None:
+        model = original(model) if isinstance(model, nn.Module) else model
         check_controllers(controllers)
         wanted = default_observables() if observables is None else observables
         check_settings(wanted, loss_reduction, probe_size, prefix, on_error, budget, loss_fn, layers)

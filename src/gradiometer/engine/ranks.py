@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from .. import parallel
-from ..errors import InputError, SampleSkippedError, UnsupportedError
+from ..errors import InputError, SampleSkippedError, TooEarlyError, UnsupportedError
 from .guard import Guard
 from .instrument import Instrument
 from .step import Taking
 
-_SEVERITY: Mapping[type[Exception], int] = {SampleSkippedError: 1, UnsupportedError: 3}
+_SEVERITY: Mapping[type[Exception], int] = {SampleSkippedError: 1, TooEarlyError: 1, UnsupportedError: 3}
 """Of two errors the graver one counts; any other error is 2."""
 _OTHERS = {1: SampleSkippedError, 2: InputError, 3: UnsupportedError}
 
