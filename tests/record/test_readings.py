@@ -183,5 +183,6 @@ def test_a_recorder_is_told_once_what_may_come_and_one_that_fails_is_left_out():
 def test_the_kernel_of_the_optimizers_steps_is_not_called_lazy():
     plain, scaled = NeuralTangentKernel(), NeuralTangentKernel(preconditioned=True)
     assert set(plain.quantities) == set(scaled.quantities)
-    assert plain.quantities["drift"].verdict is not None
+    assert plain.quantities["feature_change"].verdict is not None
+    assert "feature_change" in plain.names - scaled.names
     assert all(words.verdict is None and not words.chart for words in scaled.quantities.values())

@@ -193,10 +193,23 @@ def test_a_limit_that_was_not_found():
 
 
 @pytest.mark.parametrize(
-    ("drift", "begins"), [(0.05, "lazy so far"), (0.2, "between lazy and"), (0.5, "learning features")]
+    ("turned", "stderr", "begins"),
+    [
+        (0.001, 0.0, "lazy so far: the kernel is close"),
+        (0.01, 0.0, "between lazy and"),
+        (0.004, 0.001, "between lazy and"),
+        (0.05, 0.01, "learning features"),
+        (0.03, 0.01, "between lazy and"),
+    ],
 )
-def test_the_drift_of_the_kernel(drift, begins):
-    assert said(reading("ntk/drift", drift, 0.01)).startswith(begins)
+def test_the_turning_of_the_kernel(turned, stderr, begins):
+    assert said(reading("ntk/feature_change", turned, stderr)).startswith(begins)
+
+
+def test_a_kernel_that_only_grows_is_not_called_close_to_its_first_value():
+    turned, drift = reading("ntk/feature_change", 0.001, 0.0), reading("ntk/drift", 30.0)
+    assert said(turned, drift) == "lazy so far: the kernel has changed in scale and kept its direction."
+    assert said(drift) == drift.sentence
 
 
 @pytest.mark.parametrize(("share", "size"), [(0.01, "small"), (0.2, "noticeable")])

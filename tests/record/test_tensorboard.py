@@ -126,7 +126,8 @@ def test_layout_reads_back_and_names_only_readings_that_exist(tmp_path):
 
 TITLES = {
     "losses": [".*loss$"],
-    "learning features? (kernel drift)": ["ntk/drift"],
+    "kernel drift": ["ntk/drift"],
+    "learning features? (turning beyond scale)": ["ntk/feature_change"],
     "kernel direction": ["ntk/distance", "ntk/alignment"],
     "kernel velocity": ["ntk/velocity"],
     "kernel spectrum": ["ntk/top_eigenvalue", "ntk/smallest_eigenvalue", "ntk/trace"],

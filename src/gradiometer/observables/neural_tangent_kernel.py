@@ -6,22 +6,22 @@ turns towards the targets means features are being learned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..autodiff.empirical_ntk import EXACT_OUTPUTS, MODES, empirical_ntk, probed_kernel
 from ..autodiff.factors import Mode
-from ..autodiff.functional import (
-    examples,
-)
+from ..autodiff.functional import examples, take
 from ..collect.snapshot import Probe, Snapshot
 from ..errors import InputError
-from ..record.readings import Quantity, Reading
+from ..record.readings import Quantity, Reading, sibling
 from ..stats.estimators import Reference
 from ..stats.jackknife import delete_block_jackknife
 from ..stats.kernel_geometry import (
@@ -33,6 +33,7 @@ from ..stats.kernel_geometry import (
     kernel_distance,
     projection_stderr,
     relative_drift,
+    rescaled_parts,
     target_kernel,
 )
 from .base import Estimate, Numbers, Observable
@@ -52,16 +53,34 @@ _REPLICATES = 64
 """Kernels held at a time in the jackknife over examples."""
 
 
-LAZY, FEATURES = 0.1, 0.3
-"""Relative kernel drift below the first is lazy training, above the second feature learning."""
+LAZY, FEATURES = 0.005, 0.02
+"""Turning beyond changes of scale: below the first training is lazy, above the second features are learned.
+Half the squared change across the kernel's direction, where that is a tenth and a fifth of its size."""
+_FEW = 32
+"""Examples of the probe on which the layers' shares are kept from record to record."""
+_COLD = 0.05
+"""Share of running statistics' first value that may be left in them where a kernel is compared with."""
+_COLD_START = "batch norm's running statistics had not warmed up when the first kernel was taken"
 
 
-def _drift_says(reading: Reading, others: Mapping[str, Reading]) -> str:
-    if reading.number < LAZY:
-        return "lazy so far: the kernel is close to its first value; the network acts like a linear model."
-    if reading.number > FEATURES:
-        return "learning features: the kernel has changed a good part of itself."
-    return "between lazy and feature learning."
+def _features_say(reading: Reading, others: Mapping[str, Reading]) -> str:
+    if _COLD_START in reading.note:
+        return (
+            f"cannot tell: {_COLD_START}. Begin later, as with NeuralTangentKernel(schedule=at([100, 1000]))."
+        )
+    error = 2 * reading.stderr if math.isfinite(reading.stderr) else 0.0
+    if reading.number - error > FEATURES:
+        return "learning features: the kernel has turned as no change of scale could turn it."
+    if reading.number + error >= LAZY:
+        return "between lazy and feature learning."
+    drift = others.get(sibling(reading.key, "drift"))
+    if drift is not None and drift.number > RESCALED:
+        return "lazy so far: the kernel has changed in scale and kept its direction."
+    return "lazy so far: the kernel is close to its first value; the network acts like a linear model."
+
+
+RESCALED = 0.1
+"""Relative kernel drift above which the kernel is not called close to its first value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +124,30 @@ class NeuralTangentKernel(Observable):
         "drift": Quantity(
             "1",
             "Relative Frobenius distance of the kernel from the first one.",
-            verdict=_drift_says,
-            chart="learning features? (kernel drift)",
+            chart="kernel drift",
             formula="`‖Theta - Theta_0‖_F / ‖Theta_0‖_F`",
             cost=(
                 "O backward passes of the probe (8 beyond 16 outputs), and about as much again in products"
             ),
             source="arXiv:1902.06720",
-            tells="below 0.1 training is lazy; it sees scale as well as direction",
+            tells="it sees scale as well as direction: below 0.1 training is lazy, above it nothing is said",
+            act="as `feature_change`",
+        ),
+        "feature_change": Quantity(
+            "1",
+            "Turning of the kernel that no change of the layers' scales explains.",
+            verdict=_features_say,
+            chart="learning features? (turning beyond scale)",
+            formula=(
+                "one minus the cosine with the nearest sum of the layers' first kernels, each times a factor "
+                "of 0 or more; on the first 32 examples, without layers of one parameter"
+            ),
+            cost="with drift; a second kernel of 32 examples where the probe is larger",
+            source="distance of arXiv:2010.15110 from a sum of rescaled parts",
+            tells=(
+                "below 0.005 training is lazy, above 0.02 features are learned; a gain, a temperature, decay "
+                "or a last layer that grows does not move it"
+            ),
             act="lazy and not meant to be: raise the learning rate, or train a narrower or deeper network",
         ),
         "distance": Quantity(
@@ -126,7 +161,7 @@ class NeuralTangentKernel(Observable):
                 "turning of the kernel, blind to its scale; quadratic in small changes, so do not "
                 "compare it with drift"
             ),
-            act="as drift",
+            act="as `feature_change`",
         ),
         "velocity": Quantity(
             "rad/step",
@@ -236,21 +271,17 @@ class NeuralTangentKernel(Observable):
             plain = {n: replace(words, verdict=None, chart="") for n, words in self.quantities.items()}
             object.__setattr__(self, "quantities", plain)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """All; the optimizer's state turns the preconditioned kernel too, whatever the features do."""
+        return frozenset(self.quantities) - ({"feature_change"} if self.preconditioned else set())
+
     def levels(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        """The kernel at this step, and that of the targets where there are any."""
+        """The kernel at this step, its layers' shares, and the kernel of the targets where there are any."""
         probe = snapshot.probe
-        kernels, width = probed_kernel(
-            snapshot.model,
-            probe.inputs,
-            outputs=self.outputs,
-            num_projections=self.num_projections,
-            project_above=EXACT_OUTPUTS if self.outputs == "trace" else None,
-            weights=snapshot.step_factors if self.preconditioned else None,
-            generator=torch.Generator().manual_seed(self.seed),
-            forward=snapshot.forward,
-            max_memory=self.max_memory,
-        )
-        kernel = kernels[""]
+        together = not self.preconditioned and self.outputs == "trace" and examples(probe.inputs) <= _FEW
+        kernels, width = self._kernels(snapshot, probe.inputs, self.outputs, layers=together)
+        kernel = torch.stack([*kernels.values()]).sum(0)
         levels = {"kernel": kernel}
         if self.outputs == "trace" and kernel.ndim == 3:  # one estimate per projection
             levels["kernel"] = kernel.mean(-1)
@@ -258,7 +289,29 @@ class NeuralTangentKernel(Observable):
         targets = _targets(probe, len(kernel))
         if targets is not None:
             levels["targets"] = target_kernel(targets)
+        if not self.preconditioned:
+            if not together:
+                few = take(probe.inputs, slice(_FEW))
+                kernels, _ = self._kernels(snapshot, few, "trace", layers=True)
+            levels["layers"] = _shares(snapshot.model, kernels)
+            levels["cold"] = kernel.new_full((), _cold(snapshot.model))
         return levels
+
+    def _kernels(
+        self, snapshot: Snapshot, inputs: Any, outputs: Mode, *, layers: bool
+    ) -> tuple[dict[str, Tensor], int]:
+        return probed_kernel(
+            snapshot.model,
+            inputs,
+            outputs=outputs,
+            layers=layers,
+            num_projections=self.num_projections,
+            project_above=EXACT_OUTPUTS if outputs == "trace" else None,
+            weights=snapshot.step_factors if self.preconditioned else None,
+            generator=torch.Generator().manual_seed(self.seed),
+            forward=snapshot.forward,
+            max_memory=self.max_memory,
+        )
 
     def note(self, snapshot: Snapshot) -> str:
         """Probe size and mode."""
@@ -299,7 +352,47 @@ class NeuralTangentKernel(Observable):
             "kernel": flat,
             "spectrum": spectrum,
         }
-        return {**estimates, **exact}
+        return {**estimates, **exact, **_feature_change(now, reference.first)}
+
+
+def _shares(model: nn.Module, kernels: Mapping[str, Tensor]) -> Tensor:
+    """The layers' shares in the kernel, ``[L, N, N]``; a frozen layer's is 0.
+
+    A layer of one parameter, such as a gain or a temperature, turns nothing but the kernel: its share is 0.
+    """
+    like = _over_examples(next(iter(kernels.values())))
+    owners = {path: [*layer.parameters(recurse=False)] for path, layer in model.named_modules()}
+    return torch.stack(
+        [
+            _over_examples(kernels[path])
+            if path in kernels and sum(parameter.numel() for parameter in parameters) > 1
+            else torch.zeros_like(like)
+            for path, parameters in owners.items()
+            if parameters
+        ]
+    )
+
+
+def _cold(model: nn.Module) -> float:
+    """Share of their first value in the running statistics of the layer that has seen the fewest batches."""
+    left = [
+        (1 - layer.momentum if layer.momentum is not None else 0.0) ** int(layer.num_batches_tracked)
+        for layer in model.modules()
+        if isinstance(layer, _NormBase) and layer.num_batches_tracked is not None
+    ]
+    return max(left, default=0.0)
+
+
+def _feature_change(now: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> dict[str, Estimate]:
+    """How far the kernel has turned from all sums of its layers' rescaled first shares."""
+    if "layers" not in now or "layers" not in first:
+        return {}
+    kernel, nearest = now["layers"].sum(0), rescaled_parts(now["layers"].sum(0), first["layers"])
+    turned = {"feature_change": lambda keep: kernel_distance(_keep(kernel, keep), _keep(nearest, keep))}
+    estimates = _leave_one_out(turned, len(kernel), kernel.device)
+    if first["cold"] > _COLD:
+        estimates["feature_change"] = estimates["feature_change"]._replace(resolved=False, note=_COLD_START)
+    return estimates
 
 
 def _targets(probe: Probe, count: int) -> Tensor | None:

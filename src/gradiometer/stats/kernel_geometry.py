@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 from ..errors import InputError
@@ -16,6 +18,7 @@ __all__ = [
     "kernel_distance",
     "projection_stderr",
     "relative_drift",
+    "rescaled_parts",
     "target_kernel",
 ]
 
@@ -125,6 +128,57 @@ def kernel_angle(k1: Tensor, k2: Tensor) -> Tensor:
         tensor(1.5708)
     """
     return 2 * torch.asin((kernel_distance(k1, k2) / 2).sqrt().clamp(max=1.0))
+
+
+def rescaled_parts(k: Tensor, parts: Tensor) -> Tensor:
+    r"""The sum of rescaled parts whose direction comes nearest to a kernel's.
+
+    .. math:: \sum_l w_l P_l \quad\text{with}\quad w = \arg\min_{w \ge 0} |K - \sum_l w_l P_l|_F
+
+    When the weights of layers change in scale only, the share of each layer in the tangent kernel keeps its
+    direction, and their sum may turn: the distance from this sum is blind to that.
+
+    Args:
+        k: The kernel now.
+        parts: The shares of the layers in an earlier one.
+
+    Returns:
+        The sum.
+
+    Shapes:
+        ``[N, N]`` and ``[L, N, N]`` -> ``[N, N]``.
+
+    Units:
+        Those of the kernel.
+
+    Raises:
+        InputError: If the shapes do not go together.
+
+    Source:
+        Lawson and Hanson 1974, Solving Least Squares Problems, chapter 23, for the weights; their use here is
+        new.
+
+    Example:
+        >>> parts = torch.stack([torch.eye(2), torch.ones(2, 2)]).double()
+        >>> rescaled_parts(5 * parts[0] + 0.1 * parts[1], parts)
+        tensor([[5.1000, 0.1000],
+                [0.1000, 5.1000]], dtype=torch.float64)
+    """
+    if parts.ndim != k.ndim + 1:
+        raise InputError(
+            "parts must be one kernel per layer",
+            got=f"{list(parts.shape)} beside a kernel {list(k.shape)}",
+            fix="Stack what layer_ntks returns.",
+        )
+    _check_pair(k, parts[0])
+    if not bool(k.isfinite().all() and parts.isfinite().all()):
+        return torch.full_like(k, torch.nan)
+    columns, goal = parts.flatten(1).double().cpu().numpy(), k.flatten().double().cpu().numpy()
+    norms = np.linalg.norm(columns, axis=1)
+    reached = norms > 0
+    weights = np.zeros(len(parts))
+    weights[reached] = nnls((columns[reached] / norms[reached, None]).T, goal)[0] / norms[reached]
+    return torch.einsum("l,l...->...", torch.from_numpy(weights).to(parts), parts)
 
 
 def relative_drift(k: Tensor, k0: Tensor) -> Tensor:
