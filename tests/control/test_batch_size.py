@@ -87,7 +87,7 @@ def test_an_estimate_that_is_not_resolved_never_acts():
     ]
     made, state, _ = play(NoiseScaleBatchSize(patience=1), views)
     assert not any(decision.acted for decision in made)
-    assert made[0].reason == "the noise scale is not resolved, but at least 500"
+    assert made[0].reason == "the noise scale is not resolved"
     assert made[3].reason == "the lower end of the noise scale's interval is not above the batch"
     assert NoiseScaleBatchSize().effect(state).accumulation is None
 

@@ -970,7 +970,7 @@ def test_weights_that_do_not_move_have_no_ratio():
     ratio, resolution = (memory.latest()[f"dynamics/fdr/{name}"] for name in ("ratio", "resolution"))
     assert math.isnan(ratio.value)
     assert (ratio.resolved, resolution.resolved) == (True, False)
-    assert ratio.note.endswith("; the weights do not move")
+    assert ratio.note.endswith("; not measured: the weights do not move")
 
 
 def test_note_names_the_form():

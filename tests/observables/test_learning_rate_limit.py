@@ -383,7 +383,7 @@ def test_a_limit_that_is_not_known_gives_a_bound():
     assert over.low == 2.0
     assert not over.resolved
     assert not limit.resolved
-    assert over.note == "100 Hessian products, not converged"
+    assert over.note == "100 Hessian products; not resolved: the largest curvature was not found"
 
 
 def test_where_no_curvature_is_positive_there_is_no_limit():

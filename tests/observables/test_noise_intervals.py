@@ -70,7 +70,7 @@ def test_intervals_of_a_frozen_networks_noise_cover(population, averages):
         for i, (name, truth) in enumerate((("trace", trace), ("grad_sq_norm", signal))):
             half = t_quantile(int(error.groups[i])) * error.stderr[i]
             covered[name] += bool((rows[0, i] - truth).abs() < half)
-        scale = resolved_scale(rows[:, 0], rows[:, 1], weights)["scale"]
+        scale = resolved_scale(rows[:, 0], rows[:, 1], weights, 1.0)["scale"]
         covered["scale"] += bool(scale.low < trace / signal < scale.high)
     share = {name: count / REPLICAS for name, count in covered.items()}
     assert all(0.92 <= value <= 0.98 for value in share.values()), share

@@ -62,7 +62,7 @@ def test_words_do_not_make_readings_differ_and_travel_with_them():
     assert repr(spoken) == repr(plain)
     for twin in (copy.deepcopy(spoken), pickle.loads(pickle.dumps(spoken))):
         assert sentence(twin, {}) == "twice is 6."
-    assert sentence(replace(spoken, value=math.nan, sentence="A number."), {}) == "not resolved. A number."
+    assert sentence(replace(spoken, value=math.nan, sentence="A number."), {}) == "not measured. A number."
 
 
 # -- in a run --------------------------------------------------------------------------------------

@@ -79,8 +79,9 @@ SCALE = {"unit": "samples", "resolved": False, "high": math.inf}
 
 
 def test_a_scale_that_is_not_resolved_shows_its_lower_bound():
-    bounded = reading("noise/scale", math.nan, low=250.0, **SCALE)
-    assert said(bounded).startswith("not resolved, at least 250: the gradient is below its own noise")
+    why = "not resolved, at least 250: the gradient is below its own noise, average longer"
+    bounded = reading("noise/scale", math.nan, low=250.0, note=f"per example; {why}", **SCALE)
+    assert said(bounded) == f"{why}."
     (row,) = [line for line in table({bounded.key: bounded}, {}).splitlines() if "  scale" in line]
     assert ">= 250 " in row
     assert "nan" not in row

@@ -215,8 +215,7 @@ class NoiseScaleBatchSize(Controller):
         elif self.sampler is None and not (state["accumulation"] or view.micro_batches):
             why_not = "this step's batch is not of the usual size"
         elif reading is None or math.isnan(scale):
-            bound = f", but at least {reading.low:.3g}" if reading and math.isfinite(reading.low) else ""
-            why_not = f"the noise scale is not resolved{bound}"
+            why_not = f"the noise scale is {reading.why}" if reading else "the noise scale was not recorded"
         elif not self._followed(view, state):
             why_not = f"the batch is not yet the {state['asked']} examples asked for"
         elif self.kappa * scale <= WORTH_IT * batch:

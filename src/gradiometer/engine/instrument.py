@@ -118,7 +118,8 @@ class Instrument:
         readings = []
         for name, value in values.items():
             estimate = value if isinstance(value, Estimate) else Estimate(value)
-            note = "; ".join(filter(None, (taking.note, estimate.note)))
+            own_note = estimate.note or "not resolved" * (not estimate.resolved)
+            note = "; ".join(filter(None, (taking.note, own_note)))
             if name in numbers:
                 readings.append(self._number(label(name), numbers[name], estimate, errors.get(name), note))
             else:

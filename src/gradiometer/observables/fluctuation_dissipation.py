@@ -173,7 +173,7 @@ def why_undecided(decision: Reading | None) -> str:
     Args:
         decision: The reading ``stationary``, where there is one.
     """
-    return decision.note.rpartition("; ")[2] if decision is not None else ""
+    return decision.why.removeprefix("not resolved: ") if decision is not None else ""
 
 
 def _contradicted_by_gradient(readings: Mapping[str, Reading], groups: Sequence[GroupSettings]) -> str:
@@ -491,7 +491,7 @@ class FluctuationDissipation(Observable):
 def _why_unknown(window: _Window, right: Floats) -> str:
     """What there is no resolution without."""
     if not right[0]:
-        return "the weights do not move"
+        return "not measured: the weights do not move"
     if len(window.steps) < FEWEST_KNOTS:
         return f"the window holds fewer than {FEWEST_KNOTS} records"
     return "the level of the weights is not finite"

@@ -81,9 +81,8 @@ def of_all_parameters(reading: Reading) -> bool:
 
 
 def _scale_says(reading: Reading, others: Mapping[str, Reading]) -> str:
-    if not reading.resolved:
-        bound = f" at least {reading.low:.3g}" if math.isfinite(reading.low) else ""
-        return f"not resolved,{bound}: the gradient is below its own noise; average longer."
+    if reading.why:
+        return f"{reading.why}."
     if OF_THE_DATA_SET in reading.note:
         return "about as large as the data set: the noise of the whole set is all that can be seen of it."
     reached = others.get(sibling(reading.key, CRITICAL_BATCH_FRACTION))
@@ -450,7 +449,7 @@ class GradientNoiseScale(Observable):
 
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
         """Ratios of the averages with their intervals, in total and per section."""
-        weights = reference.weights
+        weights, batch = reference.weights, float(now["batch_size"][0])
         traces, signals = self._solved(now, self._main)
         readings = self._of_sections(now, traces, signals, weights)
         trace, signal = traces.sum(-1), signals.sum(-1)
@@ -464,11 +463,11 @@ class GradientNoiseScale(Observable):
             all_trace, all_signal = self._total(now, FIRST)
             paired_trace, paired_signal = self._total(now, _first_at(FULL))
             readings["norm_layer_factor"] = ratio_of_scales(
-                resolved_scale(trace, signal, weights)["scale"],
-                resolved_scale(paired_trace, paired_signal, weights)["scale"],
+                resolved_scale(trace, signal, weights, batch)["scale"],
+                resolved_scale(paired_trace, paired_signal, weights, batch)["scale"],
             )
             above, below = all_trace * trace * paired_signal, all_signal * signal * paired_trace
-        scales = resolved_scale(above, below, weights)
+        scales = resolved_scale(above, below, weights, batch)
         if coverage < LEAST_COVERAGE:
             unseen = not_measured(f"single parts of the batch show {100 * coverage:.0f} % of the parameters")
             scales = dict.fromkeys((*scales, CRITICAL_BATCH_FRACTION), unseen)
@@ -482,7 +481,7 @@ class GradientNoiseScale(Observable):
         if self.preconditioned:
             trace, signal = self._total(now, PRECONDITIONED)
             readings |= {"preconditioned_trace": trace, "preconditioned_grad_sq_norm": signal}
-            readings["preconditioned_scale"] = resolved_scale(trace, signal, weights)["scale"]
+            readings["preconditioned_scale"] = resolved_scale(trace, signal, weights, batch)["scale"]
         return readings
 
     def _of_sections(
@@ -500,7 +499,7 @@ class GradientNoiseScale(Observable):
                 }
                 continue
             readings |= {f"{TRACE}/{u}": traces[..., u], f"{GRAD_SQ_NORM}/{u}": signals[..., u]}
-            scales = resolved_scale(traces[..., u], signals[..., u], weights)
+            scales = resolved_scale(traces[..., u], signals[..., u], weights, float(now["batch_size"][0]))
             readings |= {f"{name}/{u}": value for name, value in scales.items()}
         return readings
 

@@ -368,13 +368,21 @@ class LearningRateLimit(Observable):
         top, lr, error = now["top"], now["lr"], now["stderr"]
         note = f"{int(now['products'])} Hessian products"
         if now["residual"] > TOLERANCE * top.abs():
-            unknown = Estimate(math.nan, math.nan, resolved=False, note=f"{note}, not converged")
+            why = f"{note}; not resolved: the largest curvature was not found"
+            unknown = Estimate(math.nan, math.nan, resolved=False, note=why)
             return {"lr_over_limit": unknown._replace(low=float(top)), "lr_limit": unknown}
         limited = bool(top > 0)  # where no curvature is positive, nothing is
-        limit = lr / top if limited else torch.nan
+        limit = lr / top
         return {
             "lr_over_limit": Estimate(top, error, note=note),
-            "lr_limit": Estimate(limit, limit * error / top, resolved=limited, note=note),
+            "lr_limit": Estimate(limit, limit * error / top, note=note)
+            if limited
+            else Estimate(
+                math.nan,
+                math.nan,
+                resolved=False,
+                note=f"{note}; not resolved: no curvature is positive on the probe",
+            ),
         }
 
 

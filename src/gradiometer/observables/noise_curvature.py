@@ -18,8 +18,8 @@ from ..collect.snapshot import Snapshot
 from ..errors import InputError
 from ..record.readings import Quantity
 from ..stats.estimators import Estimator, Reference, Window
-from .base import Estimate, Numbers, Observable, Sample
-from .noise_resolution import resolved_scale
+from .base import Numbers, Observable, Sample
+from .noise_resolution import positive, resolved_scale
 
 __all__ = [
     "NoiseCurvature",
@@ -256,9 +256,11 @@ class NoiseCurvature(Observable):
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
         """Ratios of the averages."""
         noise, signal = now["noise_curvature"], now["gradient_curvature"]
-        best = best_step(now["grad_sq_norm"], signal, noise, float(now["batch_size"][0])).lr
+        batch = float(now["batch_size"][0])
+        best = best_step(now["grad_sq_norm"], signal, noise, batch).lr
+        of = "the curvature along the gradient"
         return {
-            **resolved_scale(noise, signal, reference.weights),
-            "curvature": Estimate(noise / now["trace"], resolved=bool(now["trace"][0] > 0)),
-            "best_lr": Estimate(best, resolved=bool(best[0] > 0)),
+            **resolved_scale(noise, signal, reference.weights, batch, of=of),
+            "curvature": positive(noise / now["trace"], now["trace"], "no noise is seen in the gradient"),
+            "best_lr": positive(best, best, "the gradient or the curvature is below its own noise"),
         }

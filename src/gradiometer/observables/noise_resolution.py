@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..stats.jackknife import jackknife_covariance, ratio_interval, t_quantile
+from ..stats.jackknife import FEWEST_GROUPS, jackknife_covariance, ratio_interval, t_quantile
 from .base import Estimate
 
 NEAR = 0.5
@@ -29,6 +29,7 @@ def critical_fraction(batch: Tensor, scale: Estimate) -> Estimate:
         low=None if scale.high is None else float(batch[0] / (batch[0] + scale.high)),
         high=None if scale.low is None else float(batch[0] / (batch[0] + scale.low)),
         resolved=scale.resolved,
+        note="" if scale.resolved else scale.note,
     )
 
 
@@ -44,16 +45,20 @@ def beside_data_set(scale: Estimate, dataset_size: float) -> Estimate:
     if least is None or not least > NEAR * dataset_size:
         return scale
     beside = f"near the {dataset_size:.0f} {OF_THE_DATA_SET}, beyond which it cannot be measured"
-    return scale._replace(note="; ".join(filter(None, (scale.note, beside))))
+    return scale._replace(note="; ".join(filter(None, (beside, scale.note))))
 
 
-def resolved_scale(trace: Tensor, signal: Tensor, weights: Tensor) -> dict[str, Estimate]:
+def resolved_scale(
+    trace: Tensor, signal: Tensor, weights: Tensor, batch: float, *, of: str = "the gradient"
+) -> dict[str, Estimate]:
     """Noise over signal and its lower bound; not resolved within two standard errors of no signal.
 
     Args:
         trace: Average of the noise and its replicates.
         signal: Average of the signal and its replicates.
         weights: Samples in each block that a replicate leaves out.
+        batch: Examples behind a step: the signal is below its noise where noise over signal is above this.
+        of: What the signal is, in words.
 
     Shapes:
         trace and signal ``[1 + g]``, weights ``[g]``.
@@ -63,17 +68,41 @@ def resolved_scale(trace: Tensor, signal: Tensor, weights: Tensor) -> dict[str, 
     covariance = jackknife_covariance(rows[0], rows[1:], weights)
     if not covariance.groups or not bool(rows.isfinite().all()):
         unknown = {"stderr": math.nan, "low": math.nan, "high": math.nan}
-        return {"scale": Estimate(ratio, **unknown, resolved=False, note="its error is not known yet")}
+        note = f"not resolved: {_why_no_error(rows, weights, of)}"
+        return {"scale": Estimate(ratio, **unknown, resolved=False, note=note)}
     (var_n, cov), (_, var_d) = covariance.matrix.tolist()
     above, below = rows[0].tolist()
     ends = ratio_interval(above, below, var_n, var_d, cov, t_quantile(covariance.groups))
     low, high = (max(ends[0], 0.0), ends[1]) if ends[1] > 0 else (0.0, math.inf)
-    if below < 2 * var_d**0.5:
+    why = _why_not_resolved(above, below, var_d**0.5, batch, of)
+    scale = Estimate(ratio, low=low, high=high)
+    if why:
         bound = f"at least {low:.3g}" if low > 0 else "without a bound"
-        scale = Estimate(ratio * math.nan, low=low, high=high, resolved=False, note=f"not resolved, {bound}")
-    else:
-        scale = Estimate(ratio, low=low, high=high)
+        note = f"not resolved, {bound}: {why}"
+        scale = Estimate(ratio * math.nan, low=low, high=high, resolved=False, note=note)
     return {"scale": scale, "scale_lower_bound": Estimate(low, math.nan)}
+
+
+def _why_no_error(rows: Tensor, weights: Tensor, of: str) -> str:
+    """Why two averages have no error."""
+    if not bool(rows.isfinite().all()):
+        return f"{of} is not finite"
+    if len(weights) < FEWEST_GROUPS:
+        return f"too few records yet, an error needs {FEWEST_GROUPS}"
+    if round(float(weights.sum() ** 2 / weights.square().sum())) < FEWEST_GROUPS:
+        return f"the average rests on its last few records, an error needs {FEWEST_GROUPS}"
+    return f"{of} or its noise still changes from record to record, so that their averages have no error yet"
+
+
+def _why_not_resolved(noise: float, signal: float, error: float, batch: float, of: str) -> str:
+    """Why noise over signal is no number; empty where it is one."""
+    if signal <= 0 and not error:
+        return f"{of} is zero"
+    if signal >= 2 * error:
+        return "" if noise > 0 else f"no noise is seen in {of}"
+    if signal <= 0 or noise > batch * signal:
+        return f"{of} is below its own noise, average longer"
+    return f"{of} changes too much from record to record"
 
 
 def ratio_of_scales(above: Estimate, below: Estimate) -> Tensor | Estimate:
@@ -86,8 +115,20 @@ def ratio_of_scales(above: Estimate, below: Estimate) -> Tensor | Estimate:
     ratio: Tensor = above.value / below.value
     if above.resolved and below.resolved:
         return ratio
-    note = "not resolved: one of its two noise scales is not"
+    note = above.note if not above.resolved else below.note
     return Estimate(ratio, math.nan, low=0.0, high=math.inf, resolved=False, note=note)
+
+
+def positive(value: Tensor, part: Tensor, otherwise: str) -> Estimate:
+    """A number that rests on an average which must be positive.
+
+    Args:
+        value: The number and its replicates.
+        part: The average and its replicates.
+        otherwise: What it means that the average is not.
+    """
+    resolved = bool(part[0] > 0)
+    return Estimate(value, resolved=resolved, note="" if resolved else f"not resolved: {otherwise}")
 
 
 def not_measured(why: str) -> Estimate:

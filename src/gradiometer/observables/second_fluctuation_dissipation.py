@@ -24,6 +24,7 @@ from ..record.readings import Quantity
 from ..stats.estimators import Estimator, HalfRun, Reference
 from .base import Estimate, Numbers, Observable, Sample
 from .noise_curvature import noise_curvature
+from .noise_resolution import positive
 
 __all__ = [
     "SecondFluctuationDissipation",
@@ -473,11 +474,11 @@ class SecondFluctuationDissipation(Observable):
         """Both sides and their ratio, the curvature, and what shuffling makes of it."""
         del reference
         left, right = now["left"], now["right"]
-        noise, resolved = now["noise_curvature"], bool(right[0] > 0)
+        noise, still = now["noise_curvature"], "the noise of the steps is not above 0"
         readings: dict[str, Tensor | Estimate] = {
             "left": left,
             "right": right,
-            "curvature": Estimate(noise / now["step_noise"], resolved=bool(now["step_noise"][0] > 0)),
+            "curvature": positive(noise / now["step_noise"], now["step_noise"], still),
         }
         note = ""
         if "per_rate" in now:
@@ -486,8 +487,10 @@ class SecondFluctuationDissipation(Observable):
             note = f"M = {epoch:.4g} steps per epoch, eta h_eff M / (1 - mu) = {rate * epoch:.3g}"
             if "shuffled" in now and 0 < rate < 2 and round(epoch) > 1:
                 readings["shuffling"] = Estimate(shuffling_factor(rate, round(epoch)), math.nan)
-        ratio = torch.where(right > 0, left / right, torch.nan)
-        return {**readings, "ratio": Estimate(ratio, resolved=resolved, note=note)}
+        ratio = positive(
+            torch.where(right > 0, left / right, torch.nan), right, "the right side is not above 0"
+        )
+        return {**readings, "ratio": ratio._replace(note=ratio.note or note)}
 
 
 def _shuffled(snapshot: Snapshot) -> bool:

@@ -108,6 +108,17 @@ class Reading:
         return self.value if isinstance(self.value, float) else math.nan
 
     @property
+    def why(self) -> str:
+        """Why there is no answer, as the last part of the note says it; empty where there is one."""
+        reason = self.note.rpartition("; ")[2]
+        if self.resolved:
+            missing = self.is_scalar and not self.is_finite
+            return (reason if reason.startswith("not measured") else "not measured") if missing else ""
+        if reason.startswith("not "):
+            return reason
+        return f"not resolved: {reason}" if reason else "not resolved"
+
+    @property
     def is_scalar(self) -> bool:
         """Whether the value is a plain number."""
         return isinstance(self.value, float)

@@ -25,14 +25,17 @@ def sentence(reading: Reading, others: Mapping[str, Reading]) -> str:
         >>> sentence(Reading("d/g/size", 6.0, quantity=size), {})
         '3 pairs.'
         >>> sentence(Reading("d/g/size", math.nan, sentence="Size.", quantity=size), {})
-        'not resolved. Size.'
+        'not measured. Size.'
     """
     verdict = reading.quantity.verdict if reading.quantity is not None else None
-    if verdict is None:
-        return reading.sentence
-    if not reading.is_finite and reading.resolved:
-        return f"not resolved. {reading.sentence}"
-    return verdict(reading, others)
+    why = reading.why
+    if verdict is not None:
+        return (
+            verdict(reading, others)
+            if reading.is_finite or not reading.resolved
+            else f"{why}. {reading.sentence}"
+        )
+    return f"{why}. {reading.sentence}" if ": " in why else reading.sentence
 
 
 def table(

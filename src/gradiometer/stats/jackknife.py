@@ -21,7 +21,7 @@ from ..errors import InputError
 
 Floats = NDArray[np.float64]
 
-_FEWEST_GROUPS = 4
+FEWEST_GROUPS = 4
 _MOST_GROUPS = 8
 _GROUP_LENGTH = 4.0  # in correlation times; twice the integrated one, which is 2 of them
 _ROUNDING = 1e-12
@@ -78,7 +78,7 @@ def delete_block_jackknife(full: Tensor, left_out: Tensor, weights: Tensor) -> T
         >>> delete_block_jackknife(x.mean()[None], without, torch.ones(4))   # = std / sqrt(4)
         tensor([0.6455], dtype=torch.float64)
     """
-    if len(weights) < _FEWEST_GROUPS:
+    if len(weights) < FEWEST_GROUPS:
         return torch.full_like(full, torch.nan)
     values, shares = _pseudo_values(full, left_out, weights)
     return torch.from_numpy(np.sqrt(_variance(values, shares))).to(full)
@@ -113,7 +113,7 @@ def correlated_jackknife(full: Tensor, left_out: Tensor, weights: Tensor) -> Blo
         >>> correlated_jackknife(x.mean()[None], without, torch.ones(16)).groups
         tensor([8])
     """
-    if len(weights) < _FEWEST_GROUPS:
+    if len(weights) < FEWEST_GROUPS:
         return BlockError(torch.full_like(full, torch.nan), torch.zeros(full.shape, dtype=torch.int64))
     values, shares = _pseudo_values(full, left_out, weights)
     groups, inflation = lumping(values, shares)
@@ -151,7 +151,7 @@ def jackknife_covariance(full: Tensor, left_out: Tensor, weights: Tensor) -> Blo
         tensor(True)
     """
     unresolved = BlockCovariance(full.new_full((len(full), len(full)), torch.nan), 0)
-    if len(weights) < _FEWEST_GROUPS:
+    if len(weights) < FEWEST_GROUPS:
         return unresolved
     values, shares = _pseudo_values(full, left_out, weights)
     lumps = lumping(values, shares)
@@ -207,7 +207,7 @@ def lumping(means: Floats, weights: Floats) -> Lumping:
         array([8, 0])
     """
     blocks = len(means)
-    if blocks < _FEWEST_GROUPS:
+    if blocks < FEWEST_GROUPS:
         return Lumping(np.zeros(means.shape[1], dtype=np.int64), np.full(means.shape[1], np.nan))
     average = weights @ means / weights.sum()
     variance = weights @ np.square(means - average) / (blocks - 1)
@@ -217,9 +217,9 @@ def lumping(means: Floats, weights: Floats) -> Lumping:
     ratio = np.divide(successive, variance, out=np.ones_like(variance), where=~constant)
     effective = weights.sum() ** 2 / (weights @ weights)
     times = effective * np.interp(-ratio, _minus_expected_ratio(blocks), _LENGTHS)
-    groups = np.clip(times // _GROUP_LENGTH, _FEWEST_GROUPS, min(round(effective), _MOST_GROUPS))
+    groups = np.clip(times // _GROUP_LENGTH, FEWEST_GROUPS, min(round(effective), _MOST_GROUPS))
     total, part = _mean_variance(times), _mean_variance(times / groups)
-    resolved = (times >= _FEWEST_GROUPS) & (round(effective) >= _FEWEST_GROUPS)
+    resolved = (times >= FEWEST_GROUPS) & (round(effective) >= FEWEST_GROUPS)
     return Lumping(np.where(resolved, groups, 0).astype(np.int64), (groups - 1) * total / (part - total))
 
 
