@@ -401,11 +401,13 @@ def half_squares(out, y):
 def regression():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 4, generator=generator, dtype=torch.float64)
-    y = torch.randn(50, 2, generator=generator, dtype=torch.float64)
+    y = x @ torch.randn(4, 2, generator=generator, dtype=torch.float64)
+    y += 0.3 * torch.randn(50, 2, generator=generator, dtype=torch.float64)
     torch.manual_seed(0)
     return nn.Linear(4, 2, bias=False).double(), x, y
 
 
+@pytest.mark.filterwarnings("ignore:no learning rate is suggested")
 @pytest.mark.parametrize(("settings", "constant"), SETTINGS)
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 def test_suggestion_for_a_linear_model(settings, constant, curvature):
@@ -417,7 +419,10 @@ def test_suggestion_for_a_linear_model(settings, constant, curvature):
     assert found.top_eigenvalue == pytest.approx(top, rel=1e-3)
     assert found.residual < 0.01 * top
     assert found.limit == pytest.approx(constant / top, rel=1e-3)
-    assert found.suggestion == found.limit / 2
+    if settings == (0.0, 0.0, False):
+        assert found.suggestion == found.limit / 2
+    else:  # eight examples at a time are steeper than all
+        assert math.isnan(found.suggestion) or 0 < found.suggestion <= found.limit / 2
 
 
 def test_without_a_loss_it_is_the_limit_of_the_tangent_kernel():
@@ -427,10 +432,12 @@ def test_without_a_loss_it_is_the_limit_of_the_tangent_kernel():
     x, y = torch.randn(12, 4, dtype=torch.float64), torch.arange(12) % 3
     kernel = empirical_ntk(model, x, outputs="full").permute(0, 2, 1, 3).reshape(36, 36)
     top = torch.linalg.eigvalsh(kernel)[-1].item()
-    found = suggest_learning_rate(model, x, momentum=0.9)
+    with pytest.warns(MeasurementWarning, match=r"without a loss none can be tried: pass y and loss_fn="):
+        found = suggest_learning_rate(model, x, momentum=0.9)
     assert found.limit == pytest.approx(3.8 * 12 / top, rel=0.01)
+    assert math.isnan(found.suggestion)
     softmax = suggest_learning_rate(model, x, y, loss_fn=F.cross_entropy, curvature="gauss_newton")
-    assert softmax.limit > 2 * suggest_learning_rate(model, x).limit
+    assert softmax.limit > 4 * found.limit / 3.8
     with pytest.raises(InputError, match=r"the Hessian is that of a loss\. Write loss_fn="):
         suggest_learning_rate(model, x, curvature="hessian")
 
@@ -444,7 +451,8 @@ def test_without_a_loss_outputs_are_one_tensor():
     model, x = Wrapped(4, 2), torch.randn(5, 4)
     with pytest.raises(InputError, match=r"one tensor of outputs \[N, ...\], got dict\. Pass loss_fn="):
         suggest_learning_rate(model, x)
-    assert suggest_learning_rate(model, x, loss_fn=lambda out, y: out["logits"].square().mean()).limit > 0
+    found = suggest_learning_rate(model, x, loss_fn=lambda out, y: out["logits"].square().mean())
+    assert 0 < found.suggestion < found.limit
 
 
 def test_suggestion_with_decay_weights_and_a_fraction():
@@ -477,6 +485,7 @@ def test_descent_on_squares_converges_below_the_limit_and_diverges_above():
     assert losses[1.02] > 10 * best
 
 
+@pytest.mark.filterwarnings("ignore:no learning rate is suggested")
 def test_asking_changes_nothing():
     model, (x, y) = network(norm=True), batches(1)[0]
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -488,8 +497,10 @@ def test_asking_changes_nothing():
 
 
 def test_what_has_not_converged_is_no_suggestion():
-    found = suggest_learning_rate(network(), *batches(1)[0], loss_fn=F.cross_entropy, max_products=2)
-    exact = suggest_learning_rate(network(), *batches(1)[0], loss_fn=F.cross_entropy)
+    with pytest.warns(MeasurementWarning, match="the largest curvature was not found"):
+        found = suggest_learning_rate(network(), *batches(1)[0], loss_fn=F.cross_entropy, max_products=2)
+    with pytest.warns(MeasurementWarning, match="no learning rate is suggested"):  # its labels are noise
+        exact = suggest_learning_rate(network(), *batches(1)[0], loss_fn=F.cross_entropy)
     assert math.isnan(found.suggestion)
     assert math.isnan(found.limit)
     assert 0 < found.top_eigenvalue < exact.top_eigenvalue
@@ -498,8 +509,10 @@ def test_what_has_not_converged_is_no_suggestion():
 
 def test_a_loss_without_positive_curvature_has_no_limit():
     model, x, y = regression()
-    found = suggest_learning_rate(model, x, y, loss_fn=lambda out, y: -half_squares(out, y))
-    assert found.limit == found.suggestion == math.inf
+    with pytest.warns(MeasurementWarning, match="no curvature is positive here"):
+        found = suggest_learning_rate(model, x, y, loss_fn=lambda out, y: -half_squares(out, y))
+    assert found.limit == math.inf
+    assert math.isnan(found.suggestion)
 
 
 @pytest.mark.parametrize(

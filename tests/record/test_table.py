@@ -180,7 +180,7 @@ def test_the_table_where_nothing_moves():
         (1.1, 0.1, "at the edge of stability"),
         (0.95, math.nan, "at the edge of stability"),
         (0.5, 0.3, "at the edge of stability"),
-        (0.5, 0.1, "stable: full-batch descent would bear 2 times"),
+        (0.5, 0.1, "stable on the probe at these weights"),
         (-0.1, 0.0, "no curvature is positive"),
     ],
 )

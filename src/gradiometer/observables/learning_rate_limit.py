@@ -7,6 +7,7 @@ network need not diverge there: it moves to flatter weights, or hovers at the li
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -20,11 +21,12 @@ from ..autodiff.products import LossFn
 from ..autodiff.spectrum import TOLERANCE, Curvature, CurvatureKind
 from ..autodiff.untouched import as_training
 from ..collect.snapshot import Snapshot
-from ..errors import InputError, SampleSkippedError, UnsupportedError
+from ..errors import InputError, MeasurementWarning, SampleSkippedError, UnsupportedError
 from ..optimizers import ParameterStep
 from ..record.readings import Quantity, Reading
 from ..stats.estimators import Reference
 from .base import Estimate, Numbers, Observable
+from .rate_trial import HALVINGS, STEPS, Steps, rate_that_trains
 from .schedules import Schedule
 
 __all__ = [
@@ -90,7 +92,7 @@ class LearningRateSuggestion(NamedTuple):
     """What ``suggest_learning_rate`` returns.
 
     Args:
-        suggestion: The fraction asked for of the limit.
+        suggestion: The fraction asked for of the limit, or less; ``nan`` where no rate was seen to train.
         limit: Learning rate at which full-batch descent becomes unstable; infinite where no curvature is
             positive, ``nan`` where the eigenvalue is not converged.
         top_eigenvalue: Largest eigenvalue of the curvature; a lower bound where it is not converged.
@@ -122,12 +124,15 @@ def suggest_learning_rate(
 
     .. math:: \eta = \text{fraction}\cdot\frac{c}{\lambda_\max\big(W^{1/2}(H + \lambda)\,W^{1/2}\big)}
 
-    with c from :func:`stability_limit`. It is exact for full-batch descent on a quadratic loss. Curvature may
-    rise in training, and the noise of small batches lowers what is stable; the fraction leaves room for both.
+    with c from :func:`stability_limit`. It is exact for full-batch descent on a quadratic loss. Elsewhere it
+    holds at these weights only: a network whose gradient is small at first is flat there, and steep once it
+    learns. So the rate is tried, in 64 steps of an eighth of the batch each, and then smaller ones down to an
+    eighth of it. Where none lowers the loss by a tenth, or without a loss, nothing is suggested and a warning
+    says why. Adam's rate has another unit; see ``weights``.
 
     The loss is that of training: each module is in the mode it is in, and batch norm in train mode normalises
     with this batch. Takes mostly 10 to 20 products, each about two backward passes of the batch, and holds
-    twelve copies of the parameters and some more in the host's memory, in float64.
+    twelve copies of the parameters and some more in the host's memory, in float64; the trial mostly 9 passes.
 
     Without a loss it is the largest eigenvalue of the full tangent kernel over N: the curvature of half the
     squared error :math:`\sum_a |f(x_a) - y_a|^2 / 2N` of the linearised model, whatever the targets. Softmax
@@ -146,7 +151,7 @@ def suggest_learning_rate(
         weight_decay: The optimizer's L2 coefficient, for all parameters.
         weights: Learning rates relative to the one that is suggested, by parameter name, each a number or a
             tensor of the parameter's shape; 1 for names that are missing.
-        fraction: Which part of the limit.
+        fraction: Which part of the limit; at most so much is suggested.
         curvature: ``"hessian"``, or ``"gauss_newton"``, the Hessian of the linearised model's loss; by
             default the former where the loss is given. With ``nn.MSELoss`` the latter is 2 / O times the
             kernel's.
@@ -175,7 +180,7 @@ def suggest_learning_rate(
     Example:
         >>> net = nn.Linear(2, 1, bias=False)                   # H = x^T x / N
         >>> x = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-        >>> found = suggest_learning_rate(net, x)
+        >>> found = suggest_learning_rate(net, x, loss_fn=lambda out, y: out.square().mean() / 2)
         >>> round(found.limit, 5), round(found.suggestion, 5)
         (1.0, 0.5)
     """
@@ -205,7 +210,24 @@ def suggest_learning_rate(
         rate = math.nan
     else:
         rate = limit / top.value if top.value > 0 else math.inf
-    return LearningRateSuggestion(fraction * rate, rate, top.value, top.residual)
+    suggestion = math.nan
+    if loss_fn is None:
+        why = "without a loss none can be tried: pass y and loss_fn="
+    elif not math.isfinite(rate):
+        why = "no curvature is positive here" if rate > 0 else "the largest curvature was not found"
+    else:
+        steps = Steps(momentum, dampening, nesterov, weight_decay, gains)
+        highest = max(fraction, 0.5) * rate
+        with as_training(model):
+            trained = rate_that_trains(model, loss_fn, x, y, highest, steps)
+        suggestion = trained if math.isnan(trained) else min(fraction * rate, trained)
+        why = (
+            f"at rates from {highest / 2**HALVINGS:.2g} to {highest:.2g}, below the limit of the curvature "
+            f"here, the loss of this batch did not fall steadily by a tenth in {STEPS} steps"
+        )
+    if math.isnan(suggestion):
+        warnings.warn(f"no learning rate is suggested: {why}.", MeasurementWarning, stacklevel=2)
+    return LearningRateSuggestion(suggestion, rate, top.value, top.residual)
 
 
 def _half_squares(outputs: Any, targets: Any) -> Tensor:
@@ -245,7 +267,10 @@ def _over_limit_says(reading: Reading, others: Mapping[str, Reading]) -> str:
             f"{value / EDGE:.2g}."
         )
     if value + 2 * error < EDGE:
-        return f"stable: full-batch descent would bear {1 / value:.2g} times the learning rate."
+        return (
+            "stable on the probe at these weights. Curvature mostly rises to meet a larger learning rate, so "
+            "this does not say that one would train."
+        )
     return "at the edge of stability: the learning rate sets the curvature. Lower it if the loss swings."
 
 
@@ -311,8 +336,8 @@ class LearningRateLimit(Observable):
                 "where descent hovers by itself"
             ),
             act=(
-                "above 1 and the loss does not fall: divide the learning rate by it; far below 1: there "
-                "is room, less for small batches"
+                "above 1 and the loss does not fall: divide the learning rate by it; below 1 it does not say "
+                "that a larger rate trains"
             ),
         ),
         "lr_limit": Quantity(
@@ -321,8 +346,8 @@ class LearningRateLimit(Observable):
             formula="learning rate / `lr_over_limit`, of the first group with the others in proportion",
             cost="with it",
             source="the same",
-            tells="the learning rate at the edge",
-            act="keep below it, say at half of it",
+            tells="the learning rate at the edge, at these weights; it moves with the rate in use",
+            act="stay below it; it is not a rate to train at",
         ),
     }
 
