@@ -397,7 +397,7 @@ class Odd(EverySecond):
 
     @property
     def knobs(self):
-        return () if self.way == "no knob" else ("learning_rate",)
+        return ("run",) if self.way == "no knob" else ("learning_rate",)
 
     def effect(self, state):
         bad = {"nan": math.nan, "zero": 0.0}.get(self.way, 0.5)

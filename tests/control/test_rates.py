@@ -218,7 +218,7 @@ def test_two_acting_panels_on_one_optimizer_are_refused():
         Attached(optimizer, [FACTOR])
     first.panel.close()
     Attached(optimizer, [FACTOR])
-    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    assert len(optimizer._optimizer_step_pre_hooks) == 2  # before and after all others
 
 
 def test_an_observer_beside_it_sees_the_rates_in_force_whoever_came_first():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from ..collect.sections import Section
@@ -24,6 +24,11 @@ __all__ = [
 
 State = dict[str, Any]
 """A controller's memory: strings, numbers, lists and dictionaries, as a checkpoint takes them."""
+
+_FAR = 20_000
+"""Steps after a controller's first check within which there has to be a record."""
+KNOBS = frozenset({"learning_rate", "batch_size", "run"})
+"""What the engine carries out."""
 
 STEPS_WITHOUT_EPOCH = 1000
 """Steps between checks where the length of an epoch is not known."""
@@ -54,6 +59,10 @@ class View:
     micro_batches: int = 1
     processes: int = 1
     dataset_size: int | None = None
+    missed: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Keys whose number was asked for and is not there, each with the reason."""
+    given: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """Keys whose number was asked for and is there."""
 
     def number(self, key: str) -> float:
         """A reading's value; ``nan`` where there is none, or none that its error resolves.
@@ -63,8 +72,10 @@ class View:
         """
         reading = self.readings.get(key)
         if reading is None or not (reading.resolved and reading.is_finite):
+            self.missed[key] = "not recorded" if reading is None else reading.why
             return math.nan
-        return float(reading.value)
+        self.given.add(key)
+        return reading.number
 
     def seen(self, *keys: str) -> dict[str, tuple[float, float]]:
         """Value and standard error of these readings, for the record.
@@ -121,7 +132,11 @@ class Controller(ABC):
 
     @abstractmethod
     def observables(self) -> tuple[Observable, ...]:
-        """What it has to have measured; the engine adds those that are not there."""
+        """What it has to have measured; the engine adds those that are not there.
+
+        It is asked at steps where one of them is recorded, from the step under ``"next"`` in its memory on;
+        where it needs none, at each step from there on.
+        """
 
     def accepts(self, observable: Observable) -> bool:
         """Whether an observable that the user chose will do in the place of its own.
@@ -269,12 +284,25 @@ def check_controllers(controllers: Any) -> None:
                 got=" and ".join(names),
                 fix='Leave one of them out, or write NoiseScaleBatchSize(learning_rate="keep").',
             )
+    for controller in controllers:
+        _check_knobs(controller)
     kinds = [type(controller).__name__ for controller in controllers]
     if len(set(kinds)) < len(kinds):
         raise InputError(
             "two controllers of one class share a name in logs and checkpoints",
             got=" and ".join(kinds),
             fix="Leave one of them out.",
+        )
+
+
+def _check_knobs(controller: Controller) -> None:
+    """Refuse a controller that turns nothing, or what nothing carries out."""
+    turns = controller.turns()
+    if not turns <= KNOBS or not (turns or controller.dry_run):
+        raise InputError(
+            f"{type(controller).__name__} must turn what there is to turn",
+            got=f"knobs {sorted(turns)}",
+            fix=f"Name in its knobs some of {sorted(KNOBS)}, or write dry_run=True.",
         )
 
 
@@ -308,7 +336,21 @@ def with_needed(
                     fix=f"Leave it out of observables=, or write {_written(need)}.",
                 )
             observables[at] = need
+        _check_cadence(controller, observables)
     return observables
+
+
+def _check_cadence(controller: Controller, observables: Sequence[Observable]) -> None:
+    """Refuse a controller whose readings are never recorded once it may act."""
+    groups = {need.group for need in controller.observables()}
+    feeds = [observable for observable in observables if observable.group in groups]
+    first = controller.start().get("next", 0)
+    if feeds and not any(feed.due(step) for step in range(first, first + _FAR) for feed in feeds):
+        raise InputError(
+            f"{type(controller).__name__} is never asked: its first check is at step {first}, and after that "
+            f"none of {sorted(groups)} is recorded",
+            fix=f"Write {type(feeds[0]).__name__}(schedule=100).",
+        )
 
 
 def _written(observable: Observable) -> str:

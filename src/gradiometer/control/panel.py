@@ -67,6 +67,8 @@ QUANTITIES: Mapping[str, Quantity] = {
 }
 _KEPT = 200
 """Changes, and refusals, of each controller that are kept in memory and in checkpoints."""
+_SILENT = 5
+"""Checks in a row without a decision and without a number after which a controller is said to be silent."""
 
 
 class ControlPanel:
@@ -104,6 +106,7 @@ class ControlPanel:
         self._controllers = list(controllers)
         self._names = names
         self._contain = contain
+        self._silent = [0] * len(controllers)
         self._states = [_checked(controller, controller.start()) for controller in controllers]
         self._effects = self._effects_of(self._states)
         self.changes = 0
@@ -149,7 +152,7 @@ class ControlPanel:
 
     def _is_due(self, index: int, step: int, recorded: set[str]) -> bool:
         feeds = {observable.group for observable in self._controllers[index].observables()}
-        return step >= self._states[index]["next"] and bool(feeds & recorded)
+        return step >= self._states[index]["next"] and (not feeds or bool(feeds & recorded))
 
     def decide(self, view: View, recorded: set[str], together: bool) -> tuple[list[Decision], list[str]]:
         """One check of every controller that is due.
@@ -181,10 +184,14 @@ class ControlPanel:
         states, messages = [], []
         for index, (controller, state) in enumerate(zip(self._controllers, self._states, strict=True)):
             if self._is_due(index, view.step, recorded):
+                view.missed.clear()
+                view.given.clear()
                 try:
                     decisions, after, message = controller.decide(view, state)
                     plain = [decision.plain() for decision in decisions]
-                    state = _checked(controller, after)
+                    messages += _without_effect(controller, decisions, state, _checked(controller, after))
+                    messages += self._silence(index, view, decisions)
+                    state = after
                     made += plain
                 except Exception as error:
                     if not self._contain:
@@ -195,11 +202,27 @@ class ControlPanel:
             states.append(state)
         return made, states, messages
 
+    def _silence(self, index: int, view: View, decisions: Sequence[Decision]) -> list[str]:
+        """What to tell of a controller that decides nothing, check after check, for want of numbers."""
+        silent = not decisions and bool(view.missed) and not view.given
+        self._silent[index] = self._silent[index] + 1 if silent else 0
+        if self._silent[index] != _SILENT:
+            return []
+        missed = ", ".join(f"{key} ({why})" for key, why in view.missed.items())
+        name = type(self._controllers[index]).__name__
+        return [f"{name} has decided nothing at {_SILENT} checks in a row, for want of {missed}."]
+
     def _carry_out(self) -> list[str]:
         """Bring the run to where the memories say it is; what could not be done."""
         self._effects = self._effects_of(self._states)
         self._set_factors()
         failed = []
+        unknown = {name for effect in self._effects for name in effect.factors} - {"", *self._names()}
+        if unknown:
+            failed.append(
+                f"controllers turn the learning rates of the parameter groups {sorted(unknown)}, which this "
+                f"optimizer does not have: its groups are {list(self._names())}."
+            )
         for controller, state in zip(self._controllers, self._states, strict=True):
             if not controller.dry_run:
                 try:
@@ -220,27 +243,37 @@ class ControlPanel:
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Multiply the rates before each step and put them back after it."""
-        before = optimizer.register_step_pre_hook(self._before_step)
-        after = optimizer.register_step_post_hook(self._after_step)
-        # a step that is broken off runs no post-step hook, and a checkpoint must hold the script's own rates
-        saving = optimizer.register_state_dict_pre_hook(lambda _: self.rates.restore())
-        self._hooks = [before, after, saving]
-        hooks = before.hooks_dict_ref() or {}
-        if any(isinstance(getattr(hook, "__self__", None), ControlPanel) for hook in [*hooks.values()][:-1]):
-            self.close()
+        first = optimizer.register_step_pre_hook(self._before_others)
+        hooks = first.hooks_dict_ref()
+        others = [*(hooks or {}).values()][:-1]
+        if any(isinstance(getattr(hook, "__self__", None), ControlPanel) for hook in others):
+            first.remove()
             raise InputError(
                 "controllers of another monitor already turn this optimizer's learning rate",
                 fix="Close that monitor first, or give all controllers to one.",
             )
+        if hooks is not None:
+            hooks.move_to_end(first.id, last=False)
+        before = optimizer.register_step_pre_hook(self._before_step)
+        after = optimizer.register_step_post_hook(self._after_step)
+        # a step that is broken off runs no post-step hook, and a checkpoint must hold the script's own rates
+        saving = optimizer.register_state_dict_pre_hook(lambda _: self.rates.restore())
+        self._hooks = [first, before, after, saving]
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        """The optimizer's pre-step hook; its arguments, where they hold a closure."""
-        after = self._hooks[1]
+    def _before_others(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """The optimizer's first pre-step hook: whoever else looks at the step sees the rates in force."""
+        del args, kwargs
+        after = self._hooks[2]
         hooks = after.hooks_dict_ref()
-        if hooks is not None:  # whoever else looks at the step sees the rates in force
+        if hooks is not None:
             hooks.move_to_end(after.id)
         if len(self.rates.factors) != len(optimizer.param_groups):
             self._set_factors()  # a group that was added later
+        self.rates.multiply()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        """After other hooks, which may have written rates; the step's arguments, if they hold a closure."""
+        del optimizer
         self.rates.multiply()
         if kwargs.get("closure") is not None:
             return args, {**kwargs, "closure": self.rates.around(kwargs["closure"])}
@@ -327,14 +360,26 @@ class ControlPanel:
             )
         self.decisions = [Decision.from_plain(fields) for fields in saved["decisions"]]
         self.changes = saved["changes"]
-        messages += self._carry_out()
-        unknown = {name for effect in self._effects for name in effect.factors} - {"", *self._names()}
-        if unknown:
-            messages.append(
-                f"the checkpoint lowered the learning rates of the parameter groups {sorted(unknown)}, which "
-                "this optimizer does not have under these names: theirs go on as the script sets them."
-            )
-        return messages
+        return messages + self._carry_out()
+
+
+def _without_effect(
+    controller: Controller, decisions: Sequence[Decision], before: State, after: State
+) -> list[str]:
+    """What to tell where a change was decided, and the memory that carries it out is as before."""
+    then, now = controller.effect(before), controller.effect(after)
+    same = {
+        "learning_rate": then.factors == now.factors,
+        "batch_size": {**before, "next": 0} == {**after, "next": 0},
+        "run": then.stop == now.stop,
+    }
+    name = type(controller).__name__
+    return [
+        f"{name} decided on another {knob}, and nothing turns it: the memory that it returned has the same "
+        "effect as before."
+        for knob in sorted({decision.knob for decision in decisions if decision.acted})
+        if same.get(knob, True)
+    ]
 
 
 def _checked(controller: Controller, state: State) -> State:

@@ -247,7 +247,7 @@ class Measurement:
             step: The step under way.
         """
         recording = self.instruments.add(step)
-        if not recording:
+        if not recording and not self.steering.due(step.number):
             return
         self.instruments.keep_budget(self.cost, self._budget)
         readings = self.instruments.read(step, recording, self.division.label, self.output.latest)

@@ -241,7 +241,7 @@ class Monitor:
             if self._see_update(optimizer) is False:
                 self._abandon_step()
                 return
-            if self._step is None or self._step.takings:
+            if self._step is None or self._step.takings or self._measurement.steering.due(self.step):
                 self._look_at_update()
         except BaseException:  # under on_error="raise", before the hook that would do it
             self._measurement.steering.restore_rates()

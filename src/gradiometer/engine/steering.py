@@ -42,6 +42,14 @@ class Steering:
         if controllers:
             self.panel = ControlPanel(controllers, optimizer, names, contain=guard.contains)
 
+    def due(self, step: int) -> bool:
+        """Whether a controller that needs no reading is to be asked at this step.
+
+        Args:
+            step: The optimizer step.
+        """
+        return self.panel is not None and self.panel.due(step, set())
+
     @property
     def feeds(self) -> set[str]:
         """Groups of readings that controllers decide by."""
