@@ -28,6 +28,7 @@ from .probe import first_examples, saved_probe
 from .ranks import Ranks
 from .steering import Steering
 from .step import EARLY, StepUnderWay, Taking
+from .step_watch import StepWatch
 
 
 class Measurement:
@@ -76,6 +77,7 @@ class Measurement:
         self.memories: dict[str, Memory] = {name: {} for name in COLLECTORS}
         self.settings = Settings()
         self.compiler = CompilerWatch()
+        self._step_watch = StepWatch(training)
         self._forward, self._dataset_size, self._replacement = forward, dataset_size, replacement
         self._controllers, self._prefix, self._budget = tuple(controllers), prefix, budget
         self._updates = self._micro_batches_before = 0
@@ -134,6 +136,7 @@ class Measurement:
         Args:
             step: The step under way.
         """
+        self._tell(self._step_watch.batch_began())
         if step is None or (not step.ready and not step.sizes):
             return step
         in_place = any(parameter.grad is not None for parameter in self.training.parameters())
@@ -144,6 +147,10 @@ class Measurement:
         elif not in_place:
             step.sizes[:] = [0] * len(step.sizes)
         return step
+
+    def _tell(self, message: str) -> None:
+        if message:
+            self.guard.warn(message)
 
     def _divide(self, takings: Sequence[Taking]) -> None:
         """Keep the sections of parameters right."""
@@ -201,6 +208,7 @@ class Measurement:
         Args:
             step: The step under way.
         """
+        self._tell(self._step_watch.step_announced())
         with self.steering.rates_in_force():
             step.before_step()
             early = [taking for taking in step.takings if not taking.done and taking.needs <= EARLY]
@@ -215,6 +223,7 @@ class Measurement:
             step: The step under way, where its batch was shown.
         """
         self._updates += 1
+        self._step_watch.step_made()
         examples = 0 if step is None else sum(step.sizes)
         if self.settings.jumped(self.training.optimizer, examples) or self.steering.turned:
             self.restart("settings")
