@@ -19,6 +19,7 @@ from gradiometer.observables import Observable
 from gradiometer.record.loggers import LoggersRecorder
 
 from .lightning_trainer import check_accumulation, follow_controllers, pass_on, position
+from .lightning_words import LIGHTNING
 
 
 class DynamicsMonitor(Callback):
@@ -38,6 +39,12 @@ class DynamicsMonitor(Callback):
         input_key: Key of the inputs where batches are mappings.
         target_key: Key of the targets where batches are mappings.
         output_key: Key of the logits where the network returns a mapping or an object.
+        forward: Maps the LightningModule and inputs to outputs ``[N, O]``, in place of ``model`` and
+            ``output_key``: ``lambda module, x: module(x).flatten(1)`` for images.
+        probe: Fixed batch for kernels and Jacobians, ``x`` or ``(x, y)``; by default the first ``probe_size``
+            examples of the first batch.
+        dataset_size: Examples in the training set; as many as the loader has when left out.
+        replacement: Whether batches are drawn with replacement; as the loader's sampler draws when left out.
         loss_reduction: Whether the loss is a mean or a sum over the examples of a batch.
         loss_fn: Maps outputs and targets to the loss of a batch; only what makes passes of its own needs it.
         layers: Whether noise and fluctuation-dissipation are also read for every layer.
@@ -74,6 +81,10 @@ class DynamicsMonitor(Callback):
         input_key: str | None = None,
         target_key: str | None = None,
         output_key: str | None = None,
+        forward: Callable[[Any, Any], torch.Tensor] | None = None,
+        probe: Any = None,
+        dataset_size: int | None = None,
+        replacement: bool | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
         loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
         layers: bool = False,
@@ -90,6 +101,11 @@ class DynamicsMonitor(Callback):
             input_key=input_key,
             target_key=target_key,
             output_key=output_key,
+            forward=forward,
+            probe=probe,
+            dataset_size=dataset_size,
+            replacement=replacement,
+            vocabulary=LIGHTNING,
             observables=observables,
             controllers=controllers,
             loss_reduction=loss_reduction,

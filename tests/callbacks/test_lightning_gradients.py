@@ -205,7 +205,7 @@ class Steps(Module):
 def test_readings_stand_beside_the_loss_of_their_batch(in_a_batch, batches):
     module = Steps(in_a_batch, batches)
     if in_a_batch > 1:  # the first batch shows that there are several steps
-        with pytest.warns(MeasurementWarning, match="no micro-batch was seen"):
+        with pytest.warns(MeasurementWarning, match="no batch of training_step was seen"):
             logger = fit(module)
     else:
         logger = fit(module)

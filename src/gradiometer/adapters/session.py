@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..autodiff.functional import Forward
 from ..control import check_controllers
 from ..engine.checks import check_settings
 from ..engine.monitor import Monitor
@@ -38,6 +39,10 @@ class Session:
         input_key: Key of the inputs where batches are mappings.
         target_key: Key of the targets where batches are mappings.
         output_key: Key of the logits where the network returns a mapping or an object.
+        forward: In place of both ``model`` and ``output_key``.
+        dataset_size: Examples in the training set; the loader's when ``None``.
+        replacement: Whether batches are drawn with replacement; as the loader's sampler draws when ``None``.
+        vocabulary: What to say in place of a phrase that speaks of a plain loop.
         arguments: Further arguments of :class:`Monitor`.
 
     Raises:
@@ -58,16 +63,23 @@ class Session:
         input_key: str | None = None,
         target_key: str | None = None,
         output_key: str | None = None,
+        forward: Forward | None = None,
+        dataset_size: int | None = None,
+        replacement: bool | None = None,
+        vocabulary: Mapping[str, str] | None = None,
         **arguments: Any,
     ) -> None:
         self.controllers = arguments.get("controllers", ())
         check_controllers(self.controllers)
         settings = {name: value for name, value in arguments.items() if value is not None}
-        settings.pop("controllers", None)
+        for later in ("controllers", "probe"):
+            settings.pop(later, None)
         check_settings(settings.pop("observables", ()), **settings)
         self.arguments = arguments
         self.monitor: Monitor | None = None
         self._model, self._output_key = model, output_key
+        self._forward, self._dataset_size, self._replacement = forward, dataset_size, replacement
+        self._vocabulary = vocabulary or {}
         self._keys = (input_key, target_key)
         self._saved: dict[str, Any] = {}
         self._batches = 0
@@ -116,11 +128,12 @@ class Session:
             module,
             optimizers[0],
             recorders=recorders,
-            forward=selected_forward(module, self._model, self._output_key),
-            dataset_size=dataset_size_of(loader, batches),
-            replacement=replacement_of(loader),
+            forward=self._forward or selected_forward(module, self._model, self._output_key),
+            dataset_size=self._dataset_size or dataset_size_of(loader, batches),
+            replacement=replacement_of(loader) if self._replacement is None else self._replacement,
             **self.arguments,
         )
+        self.monitor.guard.vocabulary = self._vocabulary
         if self._saved:
             self.monitor.load_state_dict(self._saved["monitor"])
             if self._saved["batches"] and not hasattr(loader, "state_dict"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
 from ..stats.linalg import random_orthonormal_rows
@@ -255,6 +256,14 @@ def differentiable(model: nn.Module, x: Any, forward: Forward) -> tuple[Forward,
     """For token inputs: a forward that starts from the first embedding's output, and that output."""
     if isinstance(x, Tensor) and x.is_floating_point():
         return forward, x
+    tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+    embeds = any(isinstance(module, nn.Embedding) for module in model.modules())
+    if not embeds and any(leaf.is_floating_point() for leaf in tensors):
+        raise UnsupportedError(
+            "the Jacobian is taken at one tensor of inputs",
+            got=f"a {type(x).__name__} of {len(tensors)} tensors",
+            fix="Leave JacobianNorm out of observables=.",
+        )
     _, table = first_embedding(model)
     seen: list[Tensor] = []
     with torch.no_grad():

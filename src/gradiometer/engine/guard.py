@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from time import perf_counter
 from typing import Literal, ParamSpec, TypeVar
 
 from ..errors import MeasurementWarning
+from .causes import description_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,6 +27,8 @@ class Guard:
         self.contains = on_error == "warn"
         self.seconds = 0.0
         """Host time of our own work since the beginning of this step."""
+        self.vocabulary: Mapping[str, str] = {}
+        """What to say in place of a phrase, where a framework drives the loop."""
         self._said: set[str] = set()
 
     def warn(self, message: str, key: str | None = None, kind: type[Warning] = MeasurementWarning) -> None:
@@ -39,10 +42,21 @@ class Guard:
         if (key or message) in self._said:
             return
         self._said.add(key or message)
+        message = self.translated(message)
         try:
             warnings.warn(message, kind, stacklevel=2)
         except kind:
             logging.getLogger(__name__).warning(message)
+
+    def translated(self, text: str) -> str:
+        """A message in the words of the framework at hand.
+
+        Args:
+            text: What is said in a plain loop.
+        """
+        for phrase, other in self.vocabulary.items():
+            text = text.replace(phrase, other)
+        return text
 
 
 def contained(moment: str) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
@@ -65,8 +79,7 @@ def contained(moment: str) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
             except Exception as error:
                 if not guard.contains:
                     raise
-                text = f"{type(error).__name__}: {error}"
-                guard.warn(f"measuring failed {moment}: {text}. Training goes on.")
+                guard.warn(f"measuring failed {moment}: {description_of(error)} Training goes on.")
                 return None
             finally:
                 guard.seconds += perf_counter() - began

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..collect.registry import COLLECTORS
 from ..collect.snapshot import Snapshot
-from ..errors import InputError, SampleSkippedError, UnsupportedError
+from ..errors import TooEarlyError, UnsupportedError
 from ..observables.base import Estimate, Observable, as_sample
 from ..record.readings import Reading, make_key, quantity_of
 from ..stats.estimators import Estimator
 from ..stats.jackknife import correlated_jackknife, t_quantile
+from .causes import description_of
 from .step import Taking
 
 TRIES = 3
@@ -48,6 +49,8 @@ class Instrument:
         self.skips = self.failures = 0
         """Samples skipped, and failures, since the last reading."""
         self.retired = False
+        self.why = ""
+        """Why nothing was read last, as a clause that begins with "not "; empty where something was."""
 
     @property
     def name(self) -> str:
@@ -155,7 +158,7 @@ class Instrument:
         """
         arrays = {key for key, reading in latest.items() if not isinstance(reading.value, float)}
         return [
-            self._reading(name, math.nan)
+            self._reading(name, math.nan, note=self.why)
             for name in self.observable.quantities
             if name in self.observable.names - self.observable.arrays
             and make_key(self._prefix, self.name, name) not in arrays
@@ -168,15 +171,18 @@ class Instrument:
 
     def settled(self) -> None:
         """A reading is there: nothing is owed, and failures are counted anew."""
-        self.owed, self.skips, self.failures = False, 0, 0
+        self.owed, self.skips, self.failures, self.why = False, 0, 0, ""
 
-    def skip(self, taking: Taking) -> None:
+    def skip(self, taking: Taking, error: Exception) -> None:
         """A sample could not be had at this step; the next ones are tried, for a record a few times.
 
         Args:
             taking: What was to be taken.
+            error: Why it could not be.
         """
         taking.drop()
+        early = isinstance(error, TooEarlyError)
+        self.why = f"{'not yet' if early else 'not measured'}: {description_of(error).rstrip('.')}"
         self.skips += 1
         self.owed = taking.recording and self.skips % (TRIES + 1) != 0
 
@@ -188,6 +194,7 @@ class Instrument:
             error: Why it failed.
         """
         taking.drop()
+        self.why = f"not measured: {description_of(error).rstrip('.')}"
         self.failures += 1
         self.owed = False
         self.retired = isinstance(error, UnsupportedError) or self.failures >= TRIES
@@ -220,21 +227,6 @@ class Instrument:
         self.estimator.load_state_dict(saved["estimator"])
         for name in _REMEMBERED:
             setattr(self, name, saved[name])
-
-
-def description_of(error: Exception) -> str:
-    """An error in words for a warning: the class's name where the message is not written for the user.
-
-    Args:
-        error: Any error.
-    """
-    text = str(error) or type(error).__name__
-    text += "" if text.endswith((".", "!", "?")) else "."
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        text += " Pass a smaller probe_size= or max_memory=."
-    if not isinstance(error, (InputError, UnsupportedError, SampleSkippedError)):
-        text = f"{type(error).__name__}: {text}"
-    return text
 
 
 def _as_rows(value: Any) -> Tensor:

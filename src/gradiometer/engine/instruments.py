@@ -8,12 +8,13 @@ from typing import Any
 
 from ..collect.base import no_micro_batch
 from ..collect.snapshot import Snapshot
-from ..errors import CostWarning, SampleSkippedError, TooEarlyError
+from ..errors import CostWarning, SampleSkippedError, TooEarlyError, UnsupportedError
 from ..observables import Observable
 from ..record.readings import Reading
+from .causes import description_of
 from .cost import CostLedger
 from .guard import Guard
-from .instrument import TRIES, Instrument, description_of
+from .instrument import TRIES, Instrument
 from .ranks import Ranks
 from .step import StepUnderWay, Taking
 
@@ -34,6 +35,8 @@ class Instruments:
     ) -> None:
         self._instruments = {observable.group: Instrument(observable, prefix) for observable in observables}
         self._guard, self._ranks, self._feeds = guard, ranks, feeds
+        self.without_probe: UnsupportedError | None = None
+        """Why no probe can be taken from the batches of this run."""
 
     def __getitem__(self, group: str) -> Instrument:
         """The instrument of one group."""
@@ -100,12 +103,12 @@ class Instruments:
             instrument = self._instruments[taking.name]
             try:
                 if not snapshot.has("probe") and "probe" in taking.needs:
-                    raise no_micro_batch()
+                    raise self.without_probe or no_micro_batch()
                 missing = self._missing(step, taking) if step.errors else ()
                 instrument.take(taking, snapshot)
                 for error in missing:
                     what = f"{type(instrument.observable).__name__} at step {step.number}"
-                    text = f"{what}: {error} What rests on it is left out; the rest is read."
+                    text = f"{what}: {description_of(error)} What rests on it is left out; the rest is read."
                     self._guard.warn(text, str(error))
             except Exception as error:
                 self.keep(taking, error)
@@ -212,10 +215,10 @@ class Instruments:
         """Say it once, and let the instrument try again or retire."""
         what = f"{type(instrument.observable).__name__} at step {step}"
         if isinstance(error, SampleSkippedError):
-            instrument.skip(taking)
+            instrument.skip(taking, error)
             # where before_step() is missing, one warning has said so
             if ready and not isinstance(error, TooEarlyError):
-                text = f"{what}: {error} The sample is left out; the next steps are tried."
+                text = f"{what}: {description_of(error)} The sample is left out; the next steps are tried."
                 self._guard.warn(text, str(error))
             return
         instrument.fail(taking, error)
@@ -254,6 +257,10 @@ class Instruments:
             cost.stretched(instrument.name)
             message = f"measuring is above budget={budget}: {instrument.name} is measured half as often"
             self._guard.warn(message, instrument.name, CostWarning)
+
+    def reasons(self) -> dict[str, str]:
+        """Why nothing was read last, by group; those that were read are left out."""
+        return {name: instrument.why for name, instrument in self._instruments.items() if instrument.why}
 
     def state_dict(self) -> dict[str, Any]:
         """States by group."""

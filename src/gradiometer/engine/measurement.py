@@ -15,6 +15,7 @@ from ..collect.compilation import CompilerWatch
 from ..collect.registry import COLLECTORS
 from ..collect.snapshot import Probe, Snapshot
 from ..control import Controller, View
+from ..errors import UnsupportedError
 from ..observables import Observable
 from ..record.base import Recorder
 from ..record.readings import Decision, Reading
@@ -86,7 +87,8 @@ class Measurement:
     @property
     def met(self) -> bool:
         """Whether nothing more is needed of a first batch."""
-        return self.ranks.together is not None and self.probe is not None
+        probed = self.probe is not None or self.instruments.without_probe is not None
+        return self.ranks.together is not None and probed
 
     def meet(self, step: int, x: Any, y: Tensor | None, probe_size: int) -> None:
         """What the first batch is needed for: processes agree, and the probe is taken.
@@ -101,7 +103,10 @@ class Measurement:
             plan = (self.instruments.observables, self._budget, self._controllers, step)
             self.ranks.agree(self._prefix, plan, self.guard)
         if self.probe is None and self.instruments.measure:
-            self.probe = first_examples(x, y, probe_size, together=bool(self.ranks.together))
+            try:
+                self.probe = first_examples(x, y, probe_size, together=bool(self.ranks.together))
+            except UnsupportedError as error:
+                self.instruments.without_probe = error
 
     def begin(self, number: int) -> StepUnderWay:
         """Find out what is due and make the collectors for it, and for nothing else.

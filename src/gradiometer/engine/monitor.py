@@ -303,7 +303,8 @@ class Monitor:
 
     def table(self) -> str:
         """The closing table: reading, error, unit, sentence, cost."""
-        return table(self.latest, self.cost.describe(), self._measurement.steering.describe())
+        reasons, decisions = self._measurement.instruments.reasons(), self._measurement.steering.describe()
+        return self.guard.translated(table(self.latest, self.cost.describe(), decisions, reasons=reasons))
 
     @property
     def decisions(self) -> tuple[Decision, ...]:

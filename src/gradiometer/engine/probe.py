@@ -20,7 +20,7 @@ from ..autodiff.functional import (
 )
 from ..autodiff.untouched import measuring
 from ..collect.snapshot import Probe
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 
 
 def given_probe(model: nn.Module, forward: Forward, probe: Any) -> Probe:
@@ -62,7 +62,16 @@ def first_examples(x: Any, y: Tensor | None, size: int, *, together: bool) -> Pr
         y: Their targets.
         size: How many examples.
         together: Whether all processes are here.
+
+    Raises:
+        UnsupportedError: If a tensor is sparse.
     """
+    tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+    if any(leaf.layout != torch.strided for leaf in tensors):
+        raise UnsupportedError(
+            "no probe can be taken from a batch of sparse tensors",
+            fix="Pass a dense probe=, or leave what needs one out of observables=.",
+        )
     first = slice(0, size)
     inputs = detached_copy(take(dict(x) if isinstance(x, Mapping) else x, first))
     same = isinstance(y, Tensor) and y.ndim > 0 and len(y) == examples(x)

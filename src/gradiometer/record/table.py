@@ -43,6 +43,7 @@ def table(
     costs: Mapping[str, str],
     decisions: Sequence[str] = (),
     *,
+    reasons: Mapping[str, str] | None = None,
     width: int = 118,
 ) -> str:
     """The closing table: reading, value and error, unit, sentence, cost; then what controllers decided.
@@ -51,6 +52,7 @@ def table(
         readings: The latest reading of every key; arrays are left out.
         costs: Cost of each group, in words.
         decisions: What controllers decided, a sentence each.
+        reasons: Why nothing was read, by group; such a group is one row.
         width: Columns of the terminal.
 
     Returns:
@@ -65,17 +67,24 @@ def table(
           drift        0.25 ± 0.01        1     How far the kernel has moved.
     """
     rows: list[tuple[str, str, str, str]] = []
-    group = ""
+    groups: dict[str, list[Reading]] = {}
     for key in sorted(readings):
-        reading = readings[key]
-        if not isinstance(reading.value, float):
+        if readings[key].is_scalar:
+            groups.setdefault(key.split("/", 2)[1], []).append(readings[key])
+    for group in sorted({*groups, *(reasons or {})}):
+        members = groups.get(group, [])
+        facts = [f"cost: {costs[group]}"] if group in costs else []
+        whys = {reading.why for reading in members}
+        if not members or (len(whys) == 1 and ": " in (why := whys.pop()) and why.startswith("not measured")):
+            why = why if members else (reasons or {})[group]
+            rows.append((group, why.partition(": ")[0], "", " ".join([f"{why.partition(': ')[2]}.", *facts])))
             continue
-        _, owner, name = key.split("/", 2)
-        if owner != group:
-            group = owner
-            facts = [f"cost: {costs[group]}"] if group in costs else []
-            rows.append((group, "", "", "; ".join(facts + [reading.note] * bool(reading.note))))
-        rows.append((f"  {name}", _number(reading), reading.unit, _said(reading, readings)))
+        note = members[0].note
+        rows.append((group, "", "", "; ".join(facts + [note] * bool(note))))
+        rows += [
+            (f"  {reading.key.split('/', 2)[2]}", _number(reading), reading.unit, _said(reading, readings))
+            for reading in members
+        ]
     header = ("reading", "value ± error", "unit", "what it says")
     sizes = [max(len(header[i]), *(len(row[i]) for row in rows)) if rows else 8 for i in range(3)]
     sizes[0], sizes[1] = max(sizes[0], 13), max(sizes[1], 17)
