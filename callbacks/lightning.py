@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gradiometer.adapters.session import IN_PROGRESS_BAR, Session
+from gradiometer.adapters.session import ARGUMENTS, IN_PROGRESS_BAR, Session
 from gradiometer.control import Controller
 from gradiometer.engine.monitor import Monitor
 from gradiometer.observables import Observable
@@ -33,12 +33,19 @@ class DynamicsMonitor(Callback):
     Args:
         observables: What to measure; the default set when left out.
         controllers: What acts on the readings, such as ``EquilibriumLR()``; what they need is measured, too.
-        model: Attribute of the LightningModule that holds the network, such as ``backbone``; the
-            module itself when left out. Its ``forward`` maps inputs to outputs ``[N, O]``.
+        model: Attribute of the LightningModule that holds the network, such as ``backbone``; found by its
+            calls when left out.
         input_key: Key of the inputs where batches are mappings.
         target_key: Key of the targets where batches are mappings.
-        output_key: Key of the logits where the network returns a mapping or an object.
-        loss_reduction: Whether the loss is a mean or a sum over the examples of a batch.
+        output: Which part of what the network returns holds its outputs: an index, a key or an attribute.
+        output_key: The same, as it was called before.
+        batch_dim: Dimension of the network's inputs that counts the examples; found by trying when left out.
+        forward: Maps the module and a whole batch to outputs ``[N, O]``, where calls cannot be noted.
+        probe: Fixed inputs for kernels and Jacobians, ``x`` or ``(x, y)``.
+        dataset_size: Examples in the training set; the loader's when left out.
+        replacement: Whether batches are drawn with replacement; as the loader's sampler says when left out.
+        loss_reduction: Whether the loss is a mean or a sum over the examples of a batch; read off its graph
+            when left out.
         loss_fn: Maps outputs and targets to the loss of a batch; only what makes passes of its own needs it.
         layers: Whether noise and fluctuation-dissipation are also read for every layer.
         probe_size: Number of examples of the first batch on which kernels and Jacobians are evaluated.
@@ -73,8 +80,14 @@ class DynamicsMonitor(Callback):
         model: str | None = None,
         input_key: str | None = None,
         target_key: str | None = None,
+        output: int | str | None = None,
         output_key: str | None = None,
-        loss_reduction: Literal["mean", "sum"] = "mean",
+        batch_dim: int | None = None,
+        forward: Callable[[Any, Any], torch.Tensor] | None = None,
+        probe: Any = None,
+        dataset_size: int | None = None,
+        replacement: bool | None = None,
+        loss_reduction: Literal["mean", "sum"] | None = None,
         loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
         layers: bool = False,
         probe_size: int = 32,
@@ -85,21 +98,9 @@ class DynamicsMonitor(Callback):
         layout: bool = False,
         print_table: bool = True,
     ) -> None:
-        self.session = Session(
-            model=model,
-            input_key=input_key,
-            target_key=target_key,
-            output_key=output_key,
-            observables=observables,
-            controllers=controllers,
-            loss_reduction=loss_reduction,
-            loss_fn=loss_fn,
-            layers=layers,
-            probe_size=probe_size,
-            prefix=prefix,
-            on_error=on_error,
-            budget=budget,
-        )
+        arguments = dict(locals())
+        arguments["output"] = output_key if output is None else output
+        self.session = Session(**{name: arguments[name] for name in ARGUMENTS})
         self._prefix, self._layout, self._print_table = prefix, layout, print_table
         self._progress_bar = {f"{prefix}/{key}" for key in progress_bar}
 

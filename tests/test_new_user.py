@@ -19,7 +19,7 @@ from gradiometer import (
     per_example_grad_norms,
 )
 from gradiometer.adapters.batches import dataset_size_of
-from gradiometer.collect.call import split_batch
+from gradiometer.collect.batch import split_batch
 from gradiometer.errors import InputError, MeasurementWarning
 
 

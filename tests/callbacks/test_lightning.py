@@ -225,8 +225,6 @@ def test_mappings_under_other_names_are_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"output_key": "scores"}, r"DynamicsMonitor\(input_key=\"image\", target_key=\"label\"\)"),
-        ({"input_key": "picture"}, r"have no 'logits', got .*DynamicsMonitor\(output_key="),
         ({"input_key": "photo"}, r"input_key='photo' is not in the batch, got keys"),
         ({"input_key": "picture", "target_key": "no"}, r"target_key='no' is not in the batch, got keys"),
     ],
@@ -237,16 +235,17 @@ def test_what_cannot_be_guessed_is_asked_for(arguments, message):
         trainer(quiet(**arguments)).fit(Mapped(keys), loader(keys))
 
 
-def test_a_module_without_forward_is_told_to_name_the_network():
-    with pytest.raises(InputError, match=r'no usable forward.*DynamicsMonitor\(model="backbone"\)'):
-        trainer(quiet()).fit(Bare(), loader())
+@pytest.mark.parametrize("arguments", [{}, {"output_key": "scores"}, {"output": "scores"}])
+def test_what_the_network_is_called_with_needs_no_name(arguments):
+    logger, keys = Kept(), ("picture", "answer")
+    trainer(quiet(**arguments), logger=logger).fit(Mapped(keys), loader(keys))
+    assert groups(logger.keys()) == ALL
+    assert "dynamics/ntk/alignment" in logger.keys()  # noqa: SIM118
+
+
+def test_a_module_without_forward_is_read_by_its_network():
     logger, module = Kept(), Bare()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer(quiet(on_error="warn"), logger=logger).fit(module, loader())
-    ours = [str(w.message) for w in caught if issubclass(w.category, MeasurementWarning)]
-    assert sorted(message.split(" at ")[0] for message in ours) == ["JacobianNorm", "NeuralTangentKernel"]
-    assert all('model="backbone"' in message for message in ours)
+    trainer(quiet(), logger=logger).fit(module, loader())
     assert groups(logger.keys()) == ALL
     assert len(module.norms) == 6
 

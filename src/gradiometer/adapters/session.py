@@ -6,6 +6,7 @@ may never start. The session bridges that; a callback only translates hooks into
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from ..control import check_controllers
-from ..engine.checks import check_settings
+from ..engine.checks import check_batches, check_settings
 from ..engine.monitor import Monitor
 from ..errors import MeasurementWarning
 from ..observables import FluctuationDissipation, GradientNoiseScale
@@ -24,10 +25,18 @@ from ..observables.gradient_noise_scale import SCALE
 from ..optimizers import unwrapped
 from ..record.base import Recorder
 from ..record.readings import scalars
-from .batches import dataset_size_of, loss_scales, replacement_of, selected_forward
+from .batches import batch_size_of, check_part, dataset_size_of, loss_scales, replacement_of
 
 IN_PROGRESS_BAR = (GradientNoiseScale.key(SCALE), FluctuationDissipation.key(RATIO))
 """Keys of the readings that a progress bar shows, unless the user names others."""
+
+
+ARGUMENTS = (
+    *("observables", "controllers", "model", "input_key", "target_key", "output", "batch_dim", "forward"),
+    *("probe", "probe_size", "dataset_size", "replacement", "loss_reduction", "loss_fn", "layers", "prefix"),
+    *("on_error", "budget"),
+)
+"""What a callback passes on to its session."""
 
 
 class Session:
@@ -37,8 +46,7 @@ class Session:
         model: Dotted attribute of the module that holds the network; the module itself when ``None``.
         input_key: Key of the inputs where batches are mappings.
         target_key: Key of the targets where batches are mappings.
-        output_key: Key of the logits where the network returns a mapping or an object.
-        arguments: Further arguments of :class:`Monitor`.
+        arguments: Further arguments of :class:`Monitor`; what the loader says serves where they say nothing.
 
     Raises:
         InputError: If an argument cannot be used.
@@ -57,17 +65,18 @@ class Session:
         model: str | None = None,
         input_key: str | None = None,
         target_key: str | None = None,
-        output_key: str | None = None,
         **arguments: Any,
     ) -> None:
         self.controllers = arguments.get("controllers", ())
         check_controllers(self.controllers)
         settings = {name: value for name, value in arguments.items() if value is not None}
         settings.pop("controllers", None)
+        of_batches = inspect.signature(check_batches).parameters
+        check_batches(**{name: settings.pop(name) for name in of_batches if name in settings})
         check_settings(settings.pop("observables", ()), **settings)
         self.arguments = arguments
         self.monitor: Monitor | None = None
-        self._model, self._output_key = model, output_key
+        self._model = model
         self._keys = (input_key, target_key)
         self._saved: dict[str, Any] = {}
         self._batches = 0
@@ -112,14 +121,15 @@ class Session:
                 self._saved = self.state_dict()
                 if step < self.monitor.step:  # a run of its own
                     self._saved["monitor"]["control"] = None
+        check_part(module, self._model)
+        of_loader = {
+            "dataset_size": dataset_size_of(loader, batches),
+            "replacement": replacement_of(loader),
+            "batch_size": batch_size_of(loader),
+        }
+        said = {name: value for name, value in self.arguments.items() if value is not None}
         self.monitor = Monitor(
-            module,
-            optimizers[0],
-            recorders=recorders,
-            forward=selected_forward(module, self._model, self._output_key),
-            dataset_size=dataset_size_of(loader, batches),
-            replacement=replacement_of(loader),
-            **self.arguments,
+            module, optimizers[0], recorders=recorders, network=self._model, **{**of_loader, **said}
         )
         if self._saved:
             self.monitor.load_state_dict(self._saved["monitor"])

@@ -17,9 +17,6 @@ def check_run(
     model: Any,
     optimizer: Any,
     recorders: Any,
-    forward: Any,
-    dataset_size: Any,
-    replacement: Any,
 ) -> None:
     """Refuse what the settings are to be used on.
 
@@ -27,9 +24,6 @@ def check_run(
         model: As for :class:`~gradiometer.engine.monitor.Monitor`.
         optimizer: As there.
         recorders: As there.
-        forward: As there.
-        dataset_size: As there.
-        replacement: As there.
 
     Raises:
         InputError: With what to write instead.
@@ -47,6 +41,32 @@ def check_run(
         )
     of = "callables (step, readings) -> None"
     check_list("recorders", recorders, of, callable, 'TensorBoardRecorder("runs/a")')
+
+
+def check_batches(
+    forward: Any = None,
+    dataset_size: Any = None,
+    replacement: Any = None,
+    batch_dim: Any = None,
+    batch_size: Any = None,
+    output: Any = None,
+    probe: Any = None,
+) -> None:
+    """Refuse what cannot be said of batches and of what the network makes of them.
+
+    Args:
+        forward: As for :class:`~gradiometer.engine.monitor.Monitor`.
+        dataset_size: As for :class:`~gradiometer.engine.monitor.Monitor`.
+        replacement: As for :class:`~gradiometer.engine.monitor.Monitor`.
+        batch_dim: As for :class:`~gradiometer.engine.monitor.Monitor`.
+        batch_size: As for :class:`~gradiometer.engine.monitor.Monitor`.
+        output: As for :class:`~gradiometer.engine.monitor.Monitor`.
+        probe: As for :class:`~gradiometer.engine.monitor.Monitor`; tried when there is a model.
+
+    Raises:
+        InputError: With what to write instead.
+    """
+    del probe
     if forward is not None and not callable(forward):
         raise InputError(
             "forward must be a callable (model, x) -> outputs [N, O]",
@@ -65,11 +85,24 @@ def check_run(
             got=repr(dataset_size),
             fix="Write dataset_size=len(dataset).",
         )
+    for name, value, least in (("batch_dim", batch_dim, 0), ("batch_size", batch_size, 1)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise InputError(
+                f"{name} must be a whole number at least {least}",
+                got=repr(value),
+                fix=f"Write {name}={least}.",
+            )
+    if output is not None and (not isinstance(output, (int, str)) or isinstance(output, bool)):
+        raise InputError(
+            "output names a part of what the network returns: an index, a key or an attribute",
+            got=repr(output),
+            fix='Write output=0 or output="logits".',
+        )
 
 
 def check_settings(
     observables: Any,
-    loss_reduction: str = "mean",
+    loss_reduction: str | None = None,
     probe_size: int = 32,
     prefix: str = "dynamics",
     on_error: str = "warn",
@@ -113,7 +146,7 @@ def check_settings(
         )
     if not isinstance(layers, bool):
         raise InputError("layers must be True or False", got=repr(layers), fix="Write layers=True.")
-    if loss_reduction not in ("mean", "sum"):
+    if loss_reduction not in (None, "mean", "sum"):
         raise InputError("unknown loss_reduction", got=repr(loss_reduction), fix='Write "mean" or "sum".')
     if not isinstance(probe_size, int) or probe_size < 1:
         raise InputError("probe_size must be at least 1", got=repr(probe_size), fix="Write probe_size=32.")

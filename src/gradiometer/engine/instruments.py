@@ -100,7 +100,7 @@ class Instruments:
             instrument = self._instruments[taking.name]
             try:
                 if not snapshot.has("probe") and "probe" in taking.needs:
-                    raise no_micro_batch()
+                    raise step.refusal or step.no_probe or no_micro_batch()
                 missing = self._missing(step, taking) if step.errors else ()
                 instrument.take(taking, snapshot)
                 for error in missing:

@@ -6,10 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
 
-from torch import Tensor
-
 from .. import parallel
-from ..autodiff.functional import Forward
 from ..collect.base import Memory, Training
 from ..collect.compilation import CompilerWatch
 from ..collect.registry import COLLECTORS
@@ -18,13 +15,14 @@ from ..control import Controller, View
 from ..observables import Observable
 from ..record.base import Recorder
 from ..record.readings import Decision, Reading
+from .calls import Calls, Hints, Shown
 from .changes import Settings
 from .cost import CostLedger
 from .division import Division
 from .guard import Guard
 from .instruments import Instruments
 from .output import Output, ignore
-from .probe import first_examples, saved_probe
+from .probe import saved_probe
 from .ranks import Ranks
 from .steering import Steering
 from .step import EARLY, StepUnderWay, Taking
@@ -39,8 +37,9 @@ class Measurement:
         controllers: What acts on readings.
         recorders: Where readings go.
         guard: Contains errors, and counts time.
-        forward: Maps model and inputs to outputs.
+        hints: What is said of the network's calls.
         probe: The fixed batch, where one was given.
+        probe_size: Examples in a probe that is taken from the first batch.
         dataset_size: Examples in the training set, where it is known.
         replacement: Whether batches are drawn with replacement, where it is known.
         layers: Whether each layer is a section.
@@ -56,8 +55,9 @@ class Measurement:
         recorders: Sequence[Recorder],
         guard: Guard,
         *,
-        forward: Forward,
+        hints: Hints,
         probe: Probe | None,
+        probe_size: int,
         dataset_size: int | None,
         replacement: bool | None,
         layers: bool,
@@ -69,37 +69,72 @@ class Measurement:
         self.probe, self._probe_is_given = probe, probe is not None
         self.cost = CostLedger()
         self.output = Output(prefix, recorders, guard, observables)
-        self.division = Division(model, optimizer, forward, guard, layers=layers)
+        self.compiler = CompilerWatch()
+        self.calls = Calls(training, hints, self.compiler)
+        self.division = Division(model, optimizer, self.calls, guard, layers=layers)
         self.steering = Steering(controllers, optimizer, self.division.names, guard, prefix)
         self.ranks = Ranks(model)
         self.instruments = Instruments(observables, prefix, guard, self.ranks, self.steering.feeds)
         self.memories: dict[str, Memory] = {name: {} for name in COLLECTORS}
         self.settings = Settings()
-        self.compiler = CompilerWatch()
-        self._forward, self._dataset_size, self._replacement = forward, dataset_size, replacement
+        self._probe_size, self._dataset_size, self._replacement = probe_size, dataset_size, replacement
         self._controllers, self._prefix, self._budget = tuple(controllers), prefix, budget
         self._updates = self._micro_batches_before = 0
         self._idle = StepUnderWay(0, self.division.sections)
 
-    @property
-    def met(self) -> bool:
-        """Whether nothing more is needed of a first batch."""
-        return self.ranks.together is not None and self.probe is not None
-
-    def meet(self, step: int, x: Any, y: Tensor | None, probe_size: int) -> None:
-        """What the first batch is needed for: processes agree, and the probe is taken.
+    def meet(self, step: int) -> None:
+        """Processes agree, at the first batch.
 
         Args:
             step: The optimizer step.
-            x: The model's inputs.
-            y: Their targets.
-            probe_size: Examples in the probe.
         """
         if self.ranks.together is None:
             plan = (self.instruments.observables, self._budget, self._controllers, step)
             self.ranks.agree(self._prefix, plan, self.guard)
-        if self.probe is None and self.instruments.measure:
-            self.probe = first_examples(x, y, probe_size, together=bool(self.ranks.together))
+
+    def enter(self, step: StepUnderWay, shown: Shown) -> None:
+        """A micro-batch begins.
+
+        Args:
+            step: The step under way.
+            shown: The micro-batch.
+        """
+        size = self.calls.size(shown.x)
+        step.sizes.append(size)
+        if step.takings:
+            self.calls.listen(shown, needed=step.asks_for_batch)
+            step.enter(size)
+
+    def exit(self, step: StepUnderWay, shown: Shown, *, broken: bool) -> None:
+        """Its backward pass is done, or an exception has ended it.
+
+        Args:
+            step: The step under way.
+            shown: The micro-batch.
+            broken: Whether it ended in an exception.
+        """
+        step.exit()
+        step.broken = broken
+        if broken:
+            self.calls.stop()
+        else:
+            self._learn(step, shown)
+
+    def _learn(self, step: StepUnderWay, shown: Shown) -> None:
+        """Take the probe, at the first batch."""
+        capture = self.calls.heard(step, shown)
+        step.refusal = self.calls.refusal
+        if self.probe is None and step.refusal is None and self.instruments.measure:
+            try:
+                probe = self.calls.probe(capture, shown, self._probe_size)
+            except Exception as error:  # said by what needs the probe
+                if not self.guard.contains:
+                    raise
+                step.no_probe = error
+                return
+            self.probe = Probe(*(parallel.share(probe) if self.ranks.together else probe))
+            self._divide(step.takings)
+            step.sections = self.division.sections
 
     def begin(self, number: int) -> StepUnderWay:
         """Find out what is due and make the collectors for it, and for nothing else.
@@ -120,6 +155,10 @@ class Measurement:
             updates=self._updates,
             drifts=self.settings.drifts,
             compiler=self.compiler,
+            reduction=self.calls.reduction,
+            loss=self.calls.loss,
+            axes=self.calls.axes,
+            refusal=self.calls.refusal,
             recording=any(taking.recording for taking in takings),
             takings=takings,
         )
@@ -187,10 +226,10 @@ class Measurement:
         return Snapshot(
             step=step.number,
             model=self.training.model,
-            forward=self._forward,
+            forward=self.calls.forward,
             groups=self.division.groups,
             sections=self.division.sections.sections,
-            loss_reduction=self.training.loss_reduction,
+            loss_reduction=step.reduction,
             loss_fn=self.training.loss_fn,
             **fields,
         )

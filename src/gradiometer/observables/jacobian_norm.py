@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..autodiff.jacobian import (
     EXACT_OUTPUTS,
@@ -146,7 +147,7 @@ class JacobianNorm(Observable):
     def note(self, snapshot: Snapshot) -> str:
         """What the Jacobian is taken with respect to."""
         x = snapshot.probe.inputs
-        if isinstance(x, Tensor) and x.is_floating_point():
+        if any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(x)):
             return "with respect to the inputs"
         return f"with respect to the output of {first_embedding(snapshot.model)[0]!r}"
 
