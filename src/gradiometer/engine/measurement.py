@@ -65,12 +65,12 @@ class Measurement:
     ) -> None:
         model, optimizer = training.model, training.optimizer
         self.training, self.guard = training, guard
-        self.probe, self._probe_is_given = probe, probe is not None
+        self.probe, self._probe_is_given, self._probe_is_taken = probe, probe is not None, False
         self.cost = CostLedger()
         self.output = Output(prefix, recorders, guard, observables)
         self.division = Division(model, optimizer, forward, guard, layers=layers)
         self.steering = Steering(controllers, optimizer, self.division.names, guard, prefix)
-        self.ranks = Ranks(model)
+        self.ranks = Ranks(model, prefix, guard)
         self.instruments = Instruments(observables, prefix, guard, self.ranks, self.steering.feeds)
         self.memories: dict[str, Memory] = {name: {} for name in COLLECTORS}
         self.settings = Settings()
@@ -82,10 +82,10 @@ class Measurement:
     @property
     def met(self) -> bool:
         """Whether nothing more is needed of a first batch."""
-        return self.ranks.together is not None and self.probe is not None
+        return self.ranks.announced and self.probe is not None
 
     def meet(self, step: int, x: Any, y: Tensor | None, probe_size: int) -> None:
-        """What the first batch is needed for: processes agree, and the probe is taken.
+        """What the first batch is needed for: other processes are told of this one, and the probe is taken.
 
         Args:
             step: The optimizer step.
@@ -93,11 +93,17 @@ class Measurement:
             y: Their targets.
             probe_size: Examples in the probe.
         """
-        if self.ranks.together is None:
-            plan = (self.instruments.observables, self._budget, self._controllers, step)
-            self.ranks.agree(self._prefix, plan, self.guard)
+        if not self.ranks.announced:
+            plan = (self.instruments.observables, self._budget, self._controllers, step, self.probe is None)
+            self.ranks.announce(plan)
         if self.probe is None and self.instruments.measure:
-            self.probe = first_examples(x, y, probe_size, together=bool(self.ranks.together))
+            self.probe, self._probe_is_taken = first_examples(x, y, probe_size), True
+
+    def _agree(self) -> None:
+        """Once, after a first backward pass: whether all processes measure the same, on rank 0's probe."""
+        if self.ranks.together is None:
+            probe = self.ranks.agree(self.probe if self._probe_is_taken else None)
+            self.probe = probe or self.probe
 
     def begin(self, number: int) -> StepUnderWay:
         """Find out what is due and make the collectors for it, and for nothing else.
@@ -179,6 +185,7 @@ class Measurement:
         Args:
             step: The step under way.
         """
+        self._agree()
         with self.steering.rates_in_force():
             step.before_step()
             early = [taking for taking in step.takings if not taking.done and taking.needs <= EARLY]
@@ -205,6 +212,7 @@ class Measurement:
         Args:
             step: The step under way.
         """
+        self._agree()
         step.updates, step.drifts = self._updates, self.settings.drifts
         late = [taking for taking in step.takings if not taking.done]
         try:
@@ -213,6 +221,8 @@ class Measurement:
                 self.division.stale = False
             self.evaluate(step, late)
         except Exception as error:  # the other processes are waiting for this one's record
+            if not self.guard.contains:
+                raise
             for taking in late:
                 if not taking.done:
                     self.instruments.fail(step, taking, error)
@@ -224,10 +234,9 @@ class Measurement:
         Args:
             step: The step under way.
         """
-        recording = self.instruments.add(step)
+        recording = self.instruments.add(step, self.cost, self._budget)
         if not recording:
             return
-        self.instruments.keep_budget(self.cost, self._budget)
         readings = self.instruments.read(step, recording, self.division.label, self.output.latest)
         controlled, decisions = self._control(step, {taking.name for taking in recording}, readings)
         readings += controlled
@@ -259,8 +268,8 @@ class Measurement:
                 dataset_size=self._dataset_size,
             )
 
-        groups, together = self.division.groups, self.ranks.together
-        return self.steering.follow(step.number, recorded, groups, examples_seen, view, together)
+        groups = self.division.groups
+        return self.steering.follow(step.number, recorded, groups, examples_seen, view, self.ranks)
 
     def finish(self, step: StepUnderWay | None, loop_seconds: float | None) -> None:
         """Take everything off, and note the cost.

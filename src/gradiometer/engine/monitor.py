@@ -305,6 +305,7 @@ class Monitor:
     def close(self) -> None:
         """Remove the hooks and close the recorders; may be called twice."""
         self._handle.remove()
+        self._measurement.ranks.leave()
         self._measurement.steering.close()
         if self._step is not None:
             self._step.close()

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .. import parallel
 from ..autodiff.functional import (
     Forward,
     check_inputs,
@@ -54,20 +53,19 @@ def given_probe(model: nn.Module, forward: Forward, probe: Any) -> Probe:
     return Probe(detached_copy(probe.inputs), detached_copy(probe.targets))
 
 
-def first_examples(x: Any, y: Tensor | None, size: int, *, together: bool) -> Probe:
-    """The first examples of a batch; on several processes of rank 0's.
+def first_examples(x: Any, y: Tensor | None, size: int) -> Probe:
+    """The first examples of a batch.
 
     Args:
         x: The model's inputs.
         y: Their targets.
         size: How many examples.
-        together: Whether all processes are here.
     """
     first = slice(0, size)
     inputs = detached_copy(take(dict(x) if isinstance(x, Mapping) else x, first))
     same = isinstance(y, Tensor) and y.ndim > 0 and len(y) == examples(x)
     targets = y[first].detach().clone() if same and y is not None else None
-    return Probe(*parallel.share((inputs, targets))) if together else Probe(inputs, targets)
+    return Probe(inputs, targets)
 
 
 def saved_probe(saved: Mapping[str, Any], device: torch.device) -> Probe:
