@@ -61,6 +61,12 @@ def test_what_is_larger_than_one_value_of_a_store_arrives(monkeypatch):
     assert store.num_keys() < 30  # those of the last answer
 
 
+def test_what_is_larger_than_a_tcp_store_takes_arrives():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    data = torch.arange(9 * 2**18, dtype=torch.float32)  # 9 MiB, where 8 are refused
+    assert torch.equal(Meeting(store, 0, 1, 5.0).exchange(data, lambda posts: posts[0]), data)
+
+
 @pytest.mark.parametrize("absent", [0, 1, 2])
 def test_a_process_that_does_not_come_costs_one_wait_and_all_know_the_same(absent):
     def come(meeting):
