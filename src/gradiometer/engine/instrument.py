@@ -37,8 +37,8 @@ class Instrument:
         self.observable = observable
         self.estimator = copy.deepcopy(cast("Estimator", observable.estimator))
         self._prefix = prefix
-        needs = observable.required(recording=True) | observable.required(recording=False)
-        self._ahead = frozenset(name for name in needs & COLLECTORS.keys() if COLLECTORS[name].ahead)
+        self.needs = observable.required(recording=True) | observable.required(recording=False)
+        self._ahead = frozenset(name for name in self.needs & COLLECTORS.keys() if COLLECTORS[name].ahead)
         self.stretch = 1
         """Only every so many due steps are measured, to keep a budget."""
         self.seen = 0

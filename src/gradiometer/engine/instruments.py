@@ -17,6 +17,9 @@ from .instrument import TRIES, Instrument, description_of
 from .ranks import Ranks
 from .step import StepUnderWay, Taking
 
+_OF_ALL = frozenset({"gradient_parts", "example_parts", "norm_layer_parts"})
+"""Fields that compare this process's gradient with the average over all of them."""
+
 
 class Instruments:
     """The instruments of one monitor, by the group of their observable.
@@ -34,6 +37,7 @@ class Instruments:
     ) -> None:
         self._instruments = {observable.group: Instrument(observable, prefix) for observable in observables}
         self._guard, self._ranks, self._feeds = guard, ranks, feeds
+        ranks.parted = self._leave_out
 
     def __getitem__(self, group: str) -> Instrument:
         """The instrument of one group."""
@@ -120,11 +124,13 @@ class Instruments:
                 raise step.errors[name]
         return [step.errors[name] for name in names]
 
-    def add(self, step: StepUnderWay) -> list[Taking]:
-        """Average what was sampled, over processes too where something is recorded.
+    def add(self, step: StepUnderWay, cost: CostLedger, budget: float | None) -> list[Taking]:
+        """Average what was sampled; where something is recorded over processes too, and the budget is kept.
 
         Args:
             step: The step under way.
+            cost: What measuring has cost so far.
+            budget: Largest share of the loop's time; no limit when ``None``.
 
         Returns:
             What records at this step.
@@ -140,14 +146,28 @@ class Instruments:
                 except Exception as error:
                     self.fail(step, taking, error)
         recording = [taking for taking in step.takings if taking.recording]
-        if recording and self._ranks.together:
-
-            def settle(instrument: Instrument, taking: Taking, error: Exception) -> None:
-                self._settle(instrument, taking, error, step.number, ready=step.ready)
-
-            pairs = [(self._instruments[taking.name], taking) for taking in recording]
-            self._ranks.reduce(pairs, settle)
+        if not recording:
+            return []
+        dearest = -1 if budget is None else cost.dearest(budget, self._instruments, self._feeds)
+        if self._ranks.together:
+            dearest = self._reduce(step, recording, dearest)
+        if dearest >= 0:
+            self._stretch(list(self._instruments.values())[dearest], cost, budget)
         return recording
+
+    def _reduce(self, step: StepUnderWay, recording: Sequence[Taking], dearest: int) -> int:
+        """Average over processes; the position of what is to be measured less often."""
+
+        def settle(instrument: Instrument, taking: Taking, error: Exception) -> None:
+            self._settle(instrument, taking, error, step.number, ready=step.ready)
+
+        pairs = [(self._instruments[taking.name], taking) for taking in recording]
+        return self._ranks.reduce(step.number, pairs, settle, dearest)
+
+    def _leave_out(self) -> None:
+        """What needs every process at the same step, and cannot know any more whether it is."""
+        for instrument in self._instruments.values():
+            instrument.retired = instrument.retired or bool(instrument.needs & _OF_ALL)
 
     def read(
         self,
@@ -238,22 +258,12 @@ class Instruments:
             instrument = self._instruments[taking.name]
             instrument.owed = instrument.owed or taking.recording
 
-    def keep_budget(self, cost: CostLedger, budget: float | None) -> None:
-        """Double the cadence of the dearest observable while the sum of shares is above the budget.
-
-        Args:
-            cost: What measuring has cost so far.
-            budget: Largest share of the loop's time; no limit when ``None``.
-        """
-        if budget is None:
-            return
-        dearest = self._ranks.first(cost.dearest(budget, self._instruments, self._feeds))
-        if dearest >= 0:
-            instrument = list(self._instruments.values())[dearest]
-            instrument.stretch *= 2
-            cost.stretched(instrument.name)
-            message = f"measuring is above budget={budget}: {instrument.name} is measured half as often"
-            self._guard.warn(message, instrument.name, CostWarning)
+    def _stretch(self, instrument: Instrument, cost: CostLedger, budget: float | None) -> None:
+        """Double the cadence of the dearest observable."""
+        instrument.stretch *= 2
+        cost.stretched(instrument.name)
+        message = f"measuring is above budget={budget}: {instrument.name} is measured half as often"
+        self._guard.warn(message, instrument.name, CostWarning)
 
     def state_dict(self) -> dict[str, Any]:
         """States by group."""

@@ -66,14 +66,14 @@ class Measurement:
     ) -> None:
         model, optimizer = training.model, training.optimizer
         self.training, self.guard = training, guard
-        self.probe, self._probe_is_given = probe, probe is not None
+        self.probe, self._probe_is_given, self._probe_is_taken = probe, probe is not None, False
         self.cost = CostLedger()
         self.output = Output(prefix, recorders, guard, observables)
         self.compiler = CompilerWatch()
         self.calls = Calls(training, hints, self.compiler)
         self.division = Division(model, optimizer, self.calls, guard, layers=layers)
         self.steering = Steering(controllers, optimizer, self.division.names, guard, prefix)
-        self.ranks = Ranks(model)
+        self.ranks = Ranks(model, prefix, guard)
         self.instruments = Instruments(observables, prefix, guard, self.ranks, self.steering.feeds)
         self.memories: dict[str, Memory] = {name: {} for name in COLLECTORS}
         self.settings = Settings()
@@ -83,14 +83,20 @@ class Measurement:
         self._idle = StepUnderWay(0, self.division.sections)
 
     def meet(self, step: int) -> None:
-        """Processes agree, at the first batch.
+        """Other processes are told of this one, at the first batch.
 
         Args:
             step: The optimizer step.
         """
+        if not self.ranks.announced:
+            plan = (self.instruments.observables, self._budget, self._controllers, step, self.probe is None)
+            self.ranks.announce(plan)
+
+    def _agree(self) -> None:
+        """Once, after a first backward pass: whether all processes measure the same, on rank 0's probe."""
         if self.ranks.together is None:
-            plan = (self.instruments.observables, self._budget, self._controllers, step)
-            self.ranks.agree(self._prefix, plan, self.guard)
+            probe = self.ranks.agree(self.probe if self._probe_is_taken else None)
+            self.probe = probe or self.probe
 
     def enter(self, step: StepUnderWay, shown: Shown) -> None:
         """A micro-batch begins.
@@ -126,13 +132,13 @@ class Measurement:
         step.refusal = self.calls.refusal
         if self.probe is None and step.refusal is None and self.instruments.measure:
             try:
-                probe = self.calls.probe(capture, shown, self._probe_size)
+                self.probe = Probe(*self.calls.probe(capture, shown, self._probe_size))
             except Exception as error:  # said by what needs the probe
                 if not self.guard.contains:
                     raise
                 step.no_probe = error
                 return
-            self.probe = Probe(*(parallel.share(probe) if self.ranks.together else probe))
+            self._probe_is_taken = True
             self._divide(step.takings)
             step.sections = self.division.sections
 
@@ -240,6 +246,7 @@ class Measurement:
         Args:
             step: The step under way.
         """
+        self._agree()
         with self.steering.rates_in_force():
             step.before_step()
             early = [taking for taking in step.takings if not taking.done and taking.needs <= EARLY]
@@ -266,6 +273,7 @@ class Measurement:
         Args:
             step: The step under way.
         """
+        self._agree()
         step.updates, step.drifts = self._updates, self.settings.drifts
         late = [taking for taking in step.takings if not taking.done]
         try:
@@ -274,6 +282,8 @@ class Measurement:
                 self.division.stale = False
             self.evaluate(step, late)
         except Exception as error:  # the other processes are waiting for this one's record
+            if not self.guard.contains:
+                raise
             for taking in late:
                 if not taking.done:
                     self.instruments.keep(taking, error)
@@ -285,10 +295,9 @@ class Measurement:
         Args:
             step: The step under way.
         """
-        recording = self.instruments.add(step)
+        recording = self.instruments.add(step, self.cost, self._budget)
         if not recording:
             return
-        self.instruments.keep_budget(self.cost, self._budget)
         readings = self.instruments.read(step, recording, self.division.label, self.output.latest)
         controlled, decisions = self._control(step, {taking.name for taking in recording}, readings)
         readings += controlled
@@ -320,8 +329,8 @@ class Measurement:
                 dataset_size=self._dataset_size,
             )
 
-        groups, together = self.division.groups, self.ranks.together
-        return self.steering.follow(step.number, recorded, groups, examples_seen, view, together)
+        groups = self.division.groups
+        return self.steering.follow(step.number, recorded, groups, examples_seen, view, self.ranks)
 
     def finish(self, step: StepUnderWay | None, loop_seconds: float | None) -> None:
         """Take everything off, and note the cost.

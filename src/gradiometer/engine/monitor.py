@@ -354,6 +354,7 @@ class Monitor:
         """Remove the hooks, close the recorders and end all measuring; may be called twice."""
         self._closed = True
         self._handle.remove()
+        self._measurement.ranks.leave()
         self._measurement.steering.close()
         self._measurement.calls.stop()
         if self._step is not None:
