@@ -556,7 +556,7 @@ BAD = {
         {"probe": torch.zeros(2, 5, device="meta")},
         r"one device, got inputs on meta, model on cpu\. Write x.to\('cpu'\)",
     ),
-    "probe_size": (network, {"probe_size": 0}, "probe_size must be at least 1, got 0"),
+    "probe_size": (network, {"probe_size": 0}, "probe_size must be a whole number at least 1, got 0"),
     "prefix with a slash": (network, {"prefix": "a/b"}, "one word without a slash, got 'a/b'"),
     "prefix empty": (network, {"prefix": ""}, "one word without a slash, got ''"),
     "duplicate groups": (
@@ -566,8 +566,12 @@ BAD = {
     ),
     "loss_reduction": (network, {"loss_reduction": "max"}, 'loss_reduction, got \'max\'.*"mean" or "sum"'),
     "on_error": (network, {"on_error": "ignore"}, 'on_error, got \'ignore\'.*"warn" or "raise"'),
-    "budget zero": (network, {"budget": 0.0}, "share between 0 and 1, got 0.0.*budget=0.05"),
-    "budget in per cent": (network, {"budget": 5}, "share between 0 and 1, got 5"),
+    "budget zero": (
+        network,
+        {"budget": 0.0},
+        "budget must be a number above 0 and below 1, got 0.0.*budget=0.05",
+    ),
+    "budget in per cent": (network, {"budget": 5}, "budget must be a number above 0 and below 1, got 5"),
     "name in place of an observable": (
         network,
         {"observables": ["ntk"]},

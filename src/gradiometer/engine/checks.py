@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..collect.registry import COLLECTORS
 from ..collect.snapshot import Snapshot, present_name
-from ..errors import InputError, check_list
+from ..errors import InputError, check_choice, check_flag, check_list, check_number, shown
 from ..observables import Observable
 
 
@@ -40,6 +41,11 @@ def check_run(
             got=f"{type(model).__name__} and {type(optimizer).__name__}",
             fix="Write Monitor(model, optimizer).",
         )
+    if any(is_lazy(p) for p in model.parameters()):
+        raise InputError(
+            f"{type(model).__name__} has lazy modules, whose parameters have no shape yet",
+            fix="Call the model on a batch first, then make its optimizer and the Monitor.",
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
             f"{type(model).__name__} has no trainable parameter",
@@ -50,21 +56,16 @@ def check_run(
     if forward is not None and not callable(forward):
         raise InputError(
             "forward must be a callable (model, x) -> outputs [N, O]",
-            got=repr(forward),
+            got=shown(forward),
             fix="Write forward=lambda model, x: model(x).",
         )
-    if replacement not in (None, True, False):
+    if replacement is not None and not isinstance(replacement, bool):
         raise InputError(
             "replacement says whether batches are drawn with replacement",
-            got=repr(replacement),
+            got=shown(replacement),
             fix="Write replacement=False for a loader that shuffles, or leave it out.",
         )
-    if dataset_size is not None and (not isinstance(dataset_size, int) or dataset_size < 1):
-        raise InputError(
-            "dataset_size must be a whole number of examples, at least 1",
-            got=repr(dataset_size),
-            fix="Write dataset_size=len(dataset).",
-        )
+    check_number("dataset_size", dataset_size, least=1, integer=True, optional=True, example="len(dataset)")
 
 
 def check_settings(
@@ -108,25 +109,20 @@ def check_settings(
     if loss_fn is not None and not callable(loss_fn):
         raise InputError(
             "loss_fn must be a callable (outputs, targets) -> loss",
-            got=repr(loss_fn),
+            got=shown(loss_fn),
             fix="Write loss_fn=torch.nn.functional.cross_entropy.",
         )
-    if not isinstance(layers, bool):
-        raise InputError("layers must be True or False", got=repr(layers), fix="Write layers=True.")
-    if loss_reduction not in ("mean", "sum"):
-        raise InputError("unknown loss_reduction", got=repr(loss_reduction), fix='Write "mean" or "sum".')
-    if not isinstance(probe_size, int) or probe_size < 1:
-        raise InputError("probe_size must be at least 1", got=repr(probe_size), fix="Write probe_size=32.")
-    if not isinstance(prefix, str) or not prefix or "/" in prefix:
+    check_flag("layers", layers)
+    check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+    check_number("probe_size", probe_size, least=1, integer=True, example="32")
+    if not isinstance(prefix, str) or not prefix.isprintable() or not prefix or "/" in prefix:
         raise InputError(
             "prefix must be one word without a slash",
-            got=repr(prefix),
+            got=shown(prefix),
             fix='Write prefix="dynamics".',
         )
-    if on_error not in ("warn", "raise"):
-        raise InputError("unknown on_error", got=repr(on_error), fix='Write "warn" or "raise".')
-    if budget is not None and (not isinstance(budget, (int, float)) or not 0 < budget < 1):
-        raise InputError("budget is a share between 0 and 1", got=repr(budget), fix="Write budget=0.05.")
+    check_choice("on_error", on_error, ("warn", "raise"))
+    check_number("budget", budget, above=0, below=1, optional=True, example="0.05")
 
 
 def _check_needs(observable: Observable) -> None:

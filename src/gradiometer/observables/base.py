@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 from torch import Tensor
 
 from ..collect.snapshot import RENAMED, Snapshot, present_name
+from ..errors import check_kind
 from ..record.readings import Quantity, quantity_of
 from ..stats.estimators import Estimator, Last, Reference
 from .relations import CrossCheck
@@ -139,9 +140,14 @@ class Observable(ABC):
                 setattr(cls, name, frozenset(map(present, getattr(cls, name))))
 
     def __post_init__(self) -> None:
-        """Read numbers as cadences, and choose the estimator."""
+        """Read numbers as cadences, and choose the estimator.
+
+        Raises:
+            InputError: If one of them is of another kind.
+        """
         if self.estimator is None:
             object.__setattr__(self, "estimator", self.default_estimator())
+        check_kind("estimator", self.estimator, Estimator, f"{self.default_estimator.__name__}()")
         object.__setattr__(self, "schedule", as_schedule(self.schedule))
         if self.sampling is not None:
             object.__setattr__(self, "sampling", as_schedule(self.sampling))

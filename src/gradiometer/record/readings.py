@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import InputError, check_flag, check_kind, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,6 +62,14 @@ class Quantity:
 
     def __post_init__(self) -> None:
         """Refuse a number without words."""
+        for name in ("unit", "sentence", "chart", "formula", "cost", "source", "tells", "act"):
+            check_kind(name, getattr(self, name), str, '"..."')
+        if self.verdict is not None and not callable(self.verdict):
+            raise InputError(
+                "verdict must be a callable (reading, others) -> sentence",
+                got=shown(self.verdict),
+                fix='Write verdict=lambda reading, others: "...".',
+            )
         if not (self.unit.strip() and self.sentence.strip()):
             raise InputError(
                 "a quantity needs a unit and a sentence",
@@ -101,6 +110,21 @@ class Reading:
     high: float = math.nan
     resolved: bool = True
     quantity: Quantity | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Take plain numbers for what they are, and refuse what is neither a number nor an array."""
+        if not isinstance(self.key, str) or self.key.count("/") < 2:
+            raise InputError(
+                "the key of a reading has three parts", got=shown(self.key), fix='Write "prefix/group/name".'
+            )
+        if not hasattr(self.value, "tolist") or getattr(self.value, "ndim", None) == 0:
+            object.__setattr__(self, "value", _number("value", self.value))
+        for name in ("stderr", "low", "high"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        for name in ("unit", "sentence", "note"):
+            check_kind(name, getattr(self, name), str, '"..."')
+        check_flag("resolved", self.resolved)
+        check_kind("quantity", self.quantity, (Quantity, type(None)), 'Quantity("1", "What it is.")')
 
     @property
     def number(self) -> float:
@@ -202,6 +226,14 @@ class Decision:
 
 def _with_error(value: float, stderr: float) -> str:
     return f"{value:.4g} ± {stderr:.2g}" if math.isfinite(stderr) and stderr else f"{value:.4g}"
+
+
+def _number(name: str, value: Any) -> float:
+    """A plain number, from whatever kind of number it is; it may be ``nan`` or infinite."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real and getattr(value, "ndim", None) != 0:
+        raise InputError(f"{name} must be a number", got=shown(value), fix=f"Write {name}=0.5, or math.nan.")
+    return value if isinstance(value, float) else float(value)
 
 
 def _finite(value: float) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import InputError, check_flag, check_kind, shown
 from .readings import Decision, Quantity, Reading, make_key, scalars
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class TensorBoardRecorder:
         prefix: Prefix of the keys in the layout and of the text.
 
     Raises:
-        InputError: If TensorBoard is not installed.
+        InputError: If TensorBoard is not installed, or nothing can be written there.
 
     Example:
         >>> import tempfile
@@ -35,7 +35,15 @@ class TensorBoardRecorder:
     """
 
     def __init__(self, log_dir: str | Path | Any, *, layout: bool = False, prefix: str = "dynamics") -> None:
+        check_kind("prefix", prefix, str, '"dynamics"')
+        check_flag("layout", layout)
         self._owned = isinstance(log_dir, (str, Path))
+        if not self._owned and not callable(getattr(log_dir, "add_scalar", None)):
+            raise InputError(
+                "log_dir must be a folder or an open SummaryWriter",
+                got=shown(log_dir),
+                fix='Write TensorBoardRecorder("runs/a").',
+            )
         self.writer: Any = _writer(log_dir) if isinstance(log_dir, (str, Path)) else log_dir
         self._prefix, self._layout = prefix, layout
         self._expected: dict[str, Quantity] = {}
@@ -142,7 +150,10 @@ def _writer(log_dir: str | Path) -> Any:
         raise InputError(
             "TensorBoardRecorder needs tensorboard", fix="pip install 'gradiometer[tensorboard]'"
         ) from error
-    return SummaryWriter(str(log_dir))
+    try:
+        return SummaryWriter(str(log_dir))
+    except (OSError, ValueError) as error:
+        raise InputError("cannot write charts there", got=error, fix="Write to another folder.") from error
 
 
 def _image(matrix: np.ndarray) -> np.ndarray:
