@@ -22,7 +22,7 @@ from .cost import CostLedger
 from .division import Division
 from .guard import Guard
 from .instruments import Instruments
-from .output import Output, ignore
+from .output import Output
 from .probe import first_examples, saved_probe
 from .ranks import Ranks
 from .steering import Steering
@@ -237,7 +237,7 @@ class Measurement:
         seconds = float(sum(taking.seconds for taking in step.takings))
         readings += self.cost.readings(self._prefix, seconds)
         if decisions:
-            self.output.hand_on(lambda recorder: getattr(recorder, "record_decisions", ignore)(decisions))
+            self.output.decide(decisions)
         self.output.add(step.number, readings, self.division.groups)
 
     def _control(
