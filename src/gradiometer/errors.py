@@ -140,6 +140,21 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
+def printable(text: str) -> str:
+    r"""A text of someone else's with every character escaped that does something to a terminal.
+
+    Args:
+        text: Any text: a name, a message.
+
+    Example:
+        >>> printable("\x1b[2Jhead")
+        '\\x1b[2Jhead'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def check_list(name: str, values: object, of: str, fits: Callable[[Any], bool], example: str) -> None:
     """Refuse what is no list of things of one kind.
 

@@ -49,6 +49,11 @@ class Instruments:
         """Whether any of them still measures."""
         return any(not instrument.retired for instrument in self._instruments.values())
 
+    def reasons(self) -> dict[str, str]:
+        """Why something is not read of late, by group."""
+        instruments = self._instruments.values()
+        return {instrument.name: instrument.reason for instrument in instruments if instrument.reason}
+
     def begin(self, step: int) -> list[Taking]:
         """What is due at a step.
 
@@ -196,6 +201,7 @@ class Instruments:
     ) -> None:
         """Say it once, and let the instrument try again or retire."""
         what = f"{type(instrument.observable).__name__} at step {step}"
+        instrument.reason = description_of(error)
         if isinstance(error, SampleSkippedError):
             instrument.skip(taking)
             if ready:  # else one warning has said that before_step() is missing
@@ -208,7 +214,7 @@ class Instruments:
             fate = "It is left out from here on."
             if instrument.name in self._feeds:
                 fate += " Controllers that decide by it do nothing from here on."
-        text = description_of(error)
+        text = instrument.reason
         self._guard.warn(f"{what}: {text} {fate} Training goes on.", f"{instrument.name}:{text}")
 
     def owe(self, takings: Sequence[Taking]) -> None:

@@ -282,7 +282,14 @@ class Monitor:
 
     def table(self) -> str:
         """The closing table: reading, error, unit, sentence, cost."""
-        return table(self.latest, self.cost.describe(), self._measurement.steering.describe())
+        measured = self._measurement
+        return table(
+            self.latest,
+            self.cost.describe(),
+            measured.steering.describe(),
+            past=measured.output.past,
+            reasons=measured.instruments.reasons(),
+        )
 
     @property
     def decisions(self) -> tuple[Decision, ...]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from ..observables import Observable
 from ..optimizers import GroupSettings
 from ..record.base import Recorder
-from ..record.readings import Decision, Reading
+from ..record.readings import Decision, Reading, measured
 from .crosschecks import disagreements
 from .guard import Guard
 from .words import expected_words
@@ -41,6 +42,8 @@ class Output:
         self._prefix = prefix
         self._outlets = [_Outlet(recorder) for recorder in recorders]
         self._guard = guard
+        self.past: dict[str, tuple[int, Reading]] = {}
+        """The last reading of every key that was measured, with its step."""
         self._comparable: dict[str, Reading] = {}
         self._new: list[Reading] = []
         self._observables = observables
@@ -58,6 +61,8 @@ class Output:
         """
         by_key = {reading.key: reading for reading in readings}
         self.latest.update(by_key)
+        for _, group in groupby(readings, lambda reading: reading.key.split("/")[1]):
+            self.past.update({reading.key: (step, reading) for reading in measured([*group])})
         self._comparable.update(by_key)
         self._new = (self._new + readings)[-_UNREAD:]
         for outlet in self._outlets:

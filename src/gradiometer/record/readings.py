@@ -6,12 +6,12 @@ Free of torch, so that a dashboard or a report can read records without importin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, check_flag, check_kind, shown
+from ..errors import InputError, check_flag, check_kind, printable, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,6 +135,11 @@ class Reading:
     def is_scalar(self) -> bool:
         """Whether the value is a plain number."""
         return isinstance(self.value, float)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is a number or an array, or the answer that the error does not allow one."""
+        return not self.is_scalar or self.is_finite or not self.resolved
 
     @property
     def is_finite(self) -> bool:
@@ -265,6 +270,21 @@ def scalars(readings: tuple[Reading, ...] | list[Reading]) -> dict[str, float]:
     return flat
 
 
+def measured(readings: Sequence[Reading]) -> list[Reading]:
+    """Those of one observable that were measured; none where nothing of it is a number or a bound.
+
+    Args:
+        readings: One record of one observable.
+
+    Example:
+        >>> lost = [Reading("d/fdr/ratio", math.nan, resolved=False), Reading("d/fdr/left", math.nan)]
+        >>> measured(lost), len(measured([*lost, Reading("d/fdr/right", 0.5)]))
+        ([], 2)
+    """
+    alive = any(not r.is_scalar or r.is_finite or math.isfinite(r.low) for r in readings)
+    return [reading for reading in readings if alive and reading.is_measured]
+
+
 def make_key(prefix: str, group: str, name: str) -> str:
     """Join prefix, observable group and reading name: ``dynamics/ntk/drift``.
 
@@ -278,6 +298,20 @@ def make_key(prefix: str, group: str, name: str) -> str:
         'dynamics/fdr/ratio/head'
     """
     return f"{prefix}/{group}/{name}"
+
+
+def last_part(name: object, otherwise: str = "") -> str:
+    """A name that someone else gave, as the last part of a key: printable, without a slash, not empty.
+
+    Args:
+        name: What was given.
+        otherwise: The name where nothing of it is left.
+
+    Example:
+        >>> last_part("head/bias"), last_part(" ", "0")
+        ('head.bias', '0')
+    """
+    return printable(str(name)).replace("/", ".").strip() or otherwise
 
 
 def stderr_key(key: str) -> str:
