@@ -707,7 +707,11 @@ def test_batches_may_be_mappings():
     model, memory = network(), MemoryRecorder()
     optimizer = sgd(model)
     with Monitor(
-        model, optimizer, [GradientNoiseScale(schedule=1)], recorders=[memory], on_error="raise"
+        model,
+        optimizer,
+        [GradientNoiseScale(schedule=1), JacobianNorm()],
+        recorders=[memory],
+        on_error="raise",
     ) as monitor:
         for step in range(2):
             x, y = batch(step)
@@ -720,13 +724,16 @@ def test_batches_may_be_mappings():
     assert len(memory.series("dynamics/noise/trace")) == 2
 
 
-def test_a_later_state_is_refused():
+@pytest.mark.parametrize(
+    ("version", "advice"), [(3, "install .* gradiometer 0.1.0"), (4, "that wrote it"), (6, "that wrote it")]
+)
+def test_a_state_of_another_version_begins_anew(version, advice):
     model = network()
     with Monitor(model, sgd(model)) as monitor:
-        state = monitor.state_dict()
-        state["version"] += 1
-        with pytest.raises(InputError, match="monitor states of version 4, got 5"):
+        state = {"version": version, "step": 7, "whatever": {"it": "holds"}}
+        with pytest.warns(MeasurementWarning, match=f"state of version {version}, .* begins anew.*{advice}"):
             monitor.load_state_dict(state)
+        assert monitor.step == 7
 
 
 def test_a_state_with_other_observables_is_taken_as_far_as_it_goes():

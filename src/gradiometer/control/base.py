@@ -117,7 +117,7 @@ class Controller(ABC):
 
     knobs: ClassVar[Collection[str]] = ()
     """What it turns: ``"learning_rate"``, ``"batch_size"``, ``"run"`` (whether it goes on)."""
-    dry_run: bool
+    dry_run: bool = False
 
     @abstractmethod
     def observables(self) -> tuple[Observable, ...]:

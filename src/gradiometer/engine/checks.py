@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from ..collect.registry import COLLECTORS
 from ..collect.snapshot import Snapshot, present_name
 from ..errors import InputError, check_choice, check_flag, check_list, check_number, shown
 from ..observables import Observable
+
+STATE_VERSION = 5
+"""Of the form of a monitor's state."""
+_PARTS = {"run", "settings", "probe", "control", "memories", "observables"}
 
 
 def check_run(
@@ -123,6 +128,30 @@ def check_settings(
         )
     check_choice("on_error", on_error, ("warn", "raise"))
     check_number("budget", budget, above=0, below=1, optional=True, example="0.05")
+
+
+def check_state(state: Any) -> None:
+    """Refuse what is no state of a monitor, or lacks one of its parts.
+
+    Args:
+        state: As for :meth:`~gradiometer.engine.monitor.Monitor.load_state_dict`.
+
+    Raises:
+        InputError: With what to write instead.
+    """
+    fix = "Pass what monitor.state_dict() returned."
+    numbers = ("version", "step")
+    if not isinstance(state, Mapping) or not all(type(state.get(name)) is int for name in numbers):
+        kind = f"a {type(state).__name__}"
+        got = f"{kind} of {sorted(map(str, state))}" if isinstance(state, Mapping) else kind
+        raise InputError("this is no state of a monitor", got=got, fix=fix)
+    if state["step"] < 0:
+        raise InputError("the step of a monitor's state is not negative", got=state["step"], fix=fix)
+    mappings = [isinstance(state.get(name), Mapping) for name in ("memories", "observables")]
+    if state["version"] == STATE_VERSION and not (state.keys() >= _PARTS and all(mappings)):
+        raise InputError(
+            "this state of a monitor is not whole", got=f"the parts {sorted(map(str, state))}", fix=fix
+        )
 
 
 def _check_needs(observable: Observable) -> None:

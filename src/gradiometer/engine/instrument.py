@@ -17,6 +17,7 @@ from ..observables.base import Estimate, Observable, as_sample
 from ..record.readings import Reading, make_key, measured, quantity_of
 from ..stats.estimators import Estimator
 from ..stats.jackknife import correlated_jackknife, t_quantile
+from .saved import opened, sealed
 from .step import Taking
 
 TRIES = 3
@@ -225,19 +226,30 @@ class Instrument:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """The estimator's state and what is remembered, as tensors and numbers."""
+        """The estimator's state, what is remembered, and what both rest on; tensors and plain values."""
         remembered = {name: getattr(self, name) for name in _REMEMBERED}
-        return {"estimator": self.estimator.state_dict(), **remembered}
+        state = {"estimator": self.estimator.state_dict(), "rests_on": self.observable.rests_on()}
+        return sealed(state | remembered)
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`.
+    def resumed(self, saved: Any) -> Instrument:
+        """One for the same observable that goes on from :meth:`state_dict`.
 
         Args:
             saved: What it returned.
+
+        Raises:
+            InputError: If that is damaged, or of other settings.
         """
-        self.estimator.load_state_dict(saved["estimator"])
+        content = opened(saved)
+        if content is None:
+            raise InputError("its part of the checkpoint is damaged")
+        if content["rests_on"] != self.observable.rests_on():
+            raise InputError("it was measured with other settings")
+        fresh = Instrument(self.observable, self._prefix)
+        fresh.estimator.load_state_dict(content["estimator"])
         for name in _REMEMBERED:
-            setattr(self, name, saved[name])
+            setattr(fresh, name, content[name])
+        return fresh
 
 
 def description_of(error: Exception) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -125,6 +126,9 @@ class Observable(ABC):
     restarts: ClassVar[frozenset[str]] = frozenset()
     """What begins its window anew: ``"settings"`` (a jump of the learning rate, the momentum, the decay
     or the batch size), ``"parameters"`` (others are trained from now on)."""
+    not_averaged: ClassVar[frozenset[str]] = frozenset({"schedule", "sampling", "estimator"})
+    """Settings that may change from a checkpoint to the run that goes on from it: averages do not rest on
+    them. The estimator's own settings are looked at apart."""
     default_estimator: ClassVar[type[Estimator]] = Last
     """Not the default of the field itself, so that a configuration file can hold every default."""
 
@@ -169,6 +173,22 @@ class Observable(ABC):
         """
         quantity_of(name, cls.quantities, cls.__name__)
         return f"{cls.group}/{name}"
+
+    def rests_on(self) -> str:
+        """The settings behind its averages and levels, in words that are the same in every process.
+
+        Example:
+            >>> from gradiometer import JacobianNorm
+            >>> JacobianNorm(seed=3).rests_on()
+            'JacobianNorm(num_projections=None, seed=3), Last()'
+        """
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.not_averaged}
+        average = {name: value for name, value in vars(self.estimator).items() if not name.startswith("_")}
+        words = [
+            f"{type(owner).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+            for owner, settings in ((self, chosen), (self.estimator, average))
+        ]
+        return re.sub(r" at 0x[0-9a-f]+", "", ", ".join(words))
 
     def check_words(self, names: Iterable[str]) -> None:
         """Refuse a reading without words.

@@ -275,6 +275,7 @@ class FluctuationDissipation(Observable):
     level_needs: ClassVar[frozenset[str]] = frozenset({"weights"})
     default_estimator: ClassVar[type[Estimator]] = HalfRun
     restarts: ClassVar[frozenset[str]] = frozenset({"settings", "parameters"})
+    not_averaged: ClassVar[frozenset[str]] = Observable.not_averaged | {"tolerance", "test"}
     checks: ClassVar[Mapping[str, CrossCheck]] = {RIGHT: _contradicted_by_gradient}
     quantities: ClassVar[Mapping[str, Quantity]] = {
         LEFT: Quantity(

@@ -217,6 +217,8 @@ class NeuralTangentKernel(Observable):
         ),
     }
 
+    not_averaged: ClassVar[frozenset[str]] = Observable.not_averaged | {"max_memory"}
+
     schedule: Schedule | int = log_spaced(until=1000) | every(500)
     outputs: Mode = "trace"
     num_projections: int | None = None
