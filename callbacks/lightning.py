@@ -112,7 +112,8 @@ class DynamicsMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the engine on the optimizer that trains."""
         check_accumulation(trainer, self.session)
-        logs = [LoggersRecorder(trainer.loggers, layout=self._layout, prefix=self._prefix)]
+        settings = {"layout": self._layout, "prefix": self._prefix, "step": trainer.global_step}
+        logs = LoggersRecorder.apart(trainer.loggers, **settings)
         loader, batches = trainer.train_dataloader, trainer.num_training_batches
         self.session.start(pl_module, trainer.optimizers, logs, loader, trainer.global_step, batches)
 

@@ -3,6 +3,7 @@
 import ast
 import csv
 import io
+import time
 import tokenize
 import warnings
 from contextlib import nullcontext
@@ -190,6 +191,42 @@ def groups(keys, prefix="dynamics"):
 
 
 ALL = {"ntk", "jacobian", "noise", "fdr", "cost"}
+
+
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+def test_a_run_that_goes_on_after_a_crash_is_one_line_on_tensorboard(tmp_path):
+    class Crash(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+            if trainer.global_step == 6:
+                raise KeyError("power cut")
+
+    def fit(*callbacks, **resume):
+        board = TensorBoardLogger(tmp_path, name="run", version=0)
+        run = trainer(quiet(), *callbacks, logger=board, steps=9, max_epochs=9)
+        run.fit(Plain(), loader(), weights_only=True, **resume)
+
+    with pytest.raises(KeyError):
+        fit(Crash())
+    time.sleep(1.1)  # event files are named by the second
+    with pytest.warns(MeasurementWarning, match="replayed"):
+        fit(ckpt_path=tmp_path / "last.ckpt")
+    events = EventAccumulator(str(tmp_path / "run" / "version_0"), size_guidance={"scalars": 0}).Reload()
+    for key in ("dynamics/cost/seconds", "train_loss"):
+        assert [event.step for event in events.Scalars(key)] == list(range(9))
+
+
+def test_a_logger_that_fails_takes_nothing_from_the_others():
+    class Offline(Kept):
+        def log_metrics(self, metrics, step=None):
+            if any(key.startswith("dynamics/") for key in metrics):
+                raise ConnectionError("no route to host")
+
+    kept = Kept()
+    with pytest.warns(MeasurementWarning, match="ConnectionError: no route to host"):
+        trainer(quiet(on_error="warn"), logger=[Offline(), kept]).fit(Plain(), loader())
+    assert list(kept.series("dynamics/cost/seconds")) == list(range(6))
 
 
 # -- batches and models ----------------------------------------------------------------------------
@@ -383,8 +420,8 @@ def test_another_module_starts_afresh():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"budget": -1}, "budget is a share between 0 and 1, got -1"),
-        ({"probe_size": "a"}, "probe_size must be at least 1, got 'a'"),
+        ({"budget": -1}, "budget must be a number above 0 and below 1, got -1"),
+        ({"probe_size": "a"}, "probe_size must be a whole number at least 1, got .a."),
         ({"observables": ["ntk"]}, "observables must be Observable values, got 'ntk'"),
         ({"observables": JacobianNorm()}, "observables must be a list of Observable values"),
         ({"prefix": "a/b"}, "prefix must be one word without a slash"),
@@ -729,7 +766,7 @@ def test_bad_values_in_a_configuration_file_are_refused(configure, right, wrong,
     [
         ("schedule: 20", "schedule: 0", "a cadence must be a whole number of steps, at least 1, got 0"),
         ("init_args: {steps: 2}", "init_args: {steps: 0}", "a cadence must be a whole number"),
-        ("init_args: {steps: 500}", "init_args: {steps: 0}", "must be at least 1, got 0"),
+        ("init_args: {steps: 500}", "init_args: {steps: 0}", "at least 1, got 0"),
     ],
 )
 def test_values_of_the_right_type_are_refused_by_their_class(configure, right, wrong, message):

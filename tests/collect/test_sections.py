@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from gradiometer import FluctuationDissipation, GradientNoiseScale, Mean, MemoryRecorder, Monitor
 from gradiometer.collect.sections import Sections
+from gradiometer.errors import MeasurementWarning
 from gradiometer.stats.linalg import inner_products, squared_norms
 
 
@@ -313,7 +314,8 @@ def test_a_resume_with_other_parameters_begins_the_windows_anew():
             state = monitor.state_dict()
             monitor.close()
             monitor = Monitor(model, optimizer, [verified()], recorders=[memory], on_error="raise")
-            monitor.load_state_dict(state)
+            with pytest.warns(MeasurementWarning, match=r"anew: fdr \(other parameters are read together\)"):
+                monitor.load_state_dict(state)
         x, y = batch(step)
         with monitor.micro_batch(x, y):
             F.cross_entropy(model(x), y).backward()

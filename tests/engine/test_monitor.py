@@ -556,7 +556,7 @@ BAD = {
         {"probe": torch.zeros(2, 5, device="meta")},
         r"one device, got inputs on meta, model on cpu\. Write x.to\('cpu'\)",
     ),
-    "probe_size": (network, {"probe_size": 0}, "probe_size must be at least 1, got 0"),
+    "probe_size": (network, {"probe_size": 0}, "probe_size must be a whole number at least 1, got 0"),
     "prefix with a slash": (network, {"prefix": "a/b"}, "one word without a slash, got 'a/b'"),
     "prefix empty": (network, {"prefix": ""}, "one word without a slash, got ''"),
     "duplicate groups": (
@@ -566,8 +566,12 @@ BAD = {
     ),
     "loss_reduction": (network, {"loss_reduction": "max"}, 'loss_reduction, got \'max\'.*"mean" or "sum"'),
     "on_error": (network, {"on_error": "ignore"}, 'on_error, got \'ignore\'.*"warn" or "raise"'),
-    "budget zero": (network, {"budget": 0.0}, "share between 0 and 1, got 0.0.*budget=0.05"),
-    "budget in per cent": (network, {"budget": 5}, "share between 0 and 1, got 5"),
+    "budget zero": (
+        network,
+        {"budget": 0.0},
+        "budget must be a number above 0 and below 1, got 0.0.*budget=0.05",
+    ),
+    "budget in per cent": (network, {"budget": 5}, "budget must be a number above 0 and below 1, got 5"),
     "name in place of an observable": (
         network,
         {"observables": ["ntk"]},
@@ -703,7 +707,11 @@ def test_batches_may_be_mappings():
     model, memory = network(), MemoryRecorder()
     optimizer = sgd(model)
     with Monitor(
-        model, optimizer, [GradientNoiseScale(schedule=1)], recorders=[memory], on_error="raise"
+        model,
+        optimizer,
+        [GradientNoiseScale(schedule=1), JacobianNorm()],
+        recorders=[memory],
+        on_error="raise",
     ) as monitor:
         for step in range(2):
             x, y = batch(step)
@@ -717,13 +725,16 @@ def test_batches_may_be_mappings():
     assert len(memory.series("dynamics/noise/trace")) == 2
 
 
-def test_a_later_state_is_refused():
+@pytest.mark.parametrize(
+    ("version", "advice"), [(3, "install .* gradiometer 0.1.0"), (4, "that wrote it"), (6, "that wrote it")]
+)
+def test_a_state_of_another_version_begins_anew(version, advice):
     model = network()
     with Monitor(model, sgd(model)) as monitor:
-        state = monitor.state_dict()
-        state["version"] += 1
-        with pytest.raises(InputError, match="monitor states of version 4, got 5"):
+        state = {"version": version, "step": 7, "whatever": {"it": "holds"}}
+        with pytest.warns(MeasurementWarning, match=f"state of version {version}, .* begins anew.*{advice}"):
             monitor.load_state_dict(state)
+        assert monitor.step == 7
 
 
 def test_a_state_with_other_observables_is_taken_as_far_as_it_goes():

@@ -1016,10 +1016,10 @@ def test_an_estimator_without_a_window_is_refused():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"tolerance": 0.0}, r"tolerance must be positive, got 0.0. Write tolerance=0.05"),
-        ({"tolerance": -1.0}, r"tolerance must be positive, got -1.0"),
-        ({"tolerance": math.nan}, r"tolerance must be positive, got nan"),
-        ({"test": "t-test"}, r"unknown test of stationarity, got 't-test'. Write one of .*'sasa_blocks'"),
+        ({"tolerance": 0.0}, r"tolerance must be a number above 0, got 0.0. Leave tolerance= out"),
+        ({"tolerance": -1.0}, r"tolerance must be a number above 0, got -1.0"),
+        ({"tolerance": math.nan}, r"tolerance must be a number above 0, got nan"),
+        ({"test": "t-test"}, r"unknown test, got 't-test'. Write .* or .sasa_blocks."),
         ({"centred": True, "verify": True}, r"the identity is verified for the weights themselves"),
         ({"schedule": 0}, r"a cadence must be a whole number of steps"),
     ],

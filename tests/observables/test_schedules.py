@@ -55,7 +55,7 @@ def test_a_cadence_must_be_positive(steps):
 
 
 def test_log_spaced_refuses_an_end_before_the_beginning():
-    with pytest.raises(InputError, match=r"log_spaced\(until=...\) must be at least 1, got 0"):
+    with pytest.raises(InputError, match=r"until must be a whole number at least 1, got 0"):
         log_spaced(until=0)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import nn
 from ..control import check_controllers
 from ..engine.checks import check_batches, check_settings
 from ..engine.monitor import Monitor
-from ..errors import MeasurementWarning
+from ..engine.saved import opened
+from ..errors import GradiometerError, MeasurementWarning
 from ..observables import FluctuationDissipation, GradientNoiseScale
 from ..observables.fluctuation_dissipation import RATIO
 from ..observables.gradient_noise_scale import SCALE
@@ -132,17 +134,23 @@ class Session:
             module, optimizers[0], recorders=recorders, network=self._model, **{**of_loader, **said}
         )
         if self._saved:
-            self.monitor.load_state_dict(self._saved["monitor"])
-            if self._saved["batches"] and not hasattr(loader, "state_dict"):
-                warnings.warn(
-                    f"the checkpoint was saved {self._saved['batches']} batches into an epoch, and this "
-                    "loader can only begin at the first batch: the epoch's batches are replayed, and "
-                    "readings go on from the saved state.",
-                    MeasurementWarning,
-                    stacklevel=2,
-                )
-            self._saved = {}
+            self._resume(self.monitor, loader)
         self._handle = unwrapped(optimizers[0]).register_step_post_hook(self._stepped)
+
+    def _resume(self, monitor: Monitor, loader: Any) -> None:
+        """Continue from the state that was loaded; one that is no state does not end the run."""
+        saved, self._saved = self._saved, {}
+        try:
+            monitor.load_state_dict(saved["monitor"])
+        except GradiometerError as error:
+            monitor.guard.warn(f"everything that is measured begins anew: {error}")
+            return
+        if saved.get("batches") and not hasattr(loader, "state_dict"):
+            monitor.guard.warn(
+                f"the checkpoint was saved {saved['batches']} batches into an epoch, and this loader can "
+                "only begin at the first batch: the epoch's batches are replayed, and readings go on from "
+                "the saved state."
+            )
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After a step within a batch, where another one will follow: it is made from the same batch."""
@@ -246,9 +254,15 @@ class Session:
         Args:
             state: What :meth:`state_dict` returned.
         """
-        self._saved = state
-        memories = ((state["monitor"].get("control") or {}) if state else {}).get("controllers", {})
+        inside = state.get("monitor") if isinstance(state, Mapping) else None
+        self._saved = dict(state) if inside is not None else {}
+        if state and inside is None:
+            message = "what was loaded is no state of this callback: everything that is measured begins anew."
+            warnings.warn(message, MeasurementWarning, stacklevel=2)
+        control = opened(inside.get("control")) if isinstance(inside, Mapping) else None
+        memories = {} if control is None else control["controllers"]
         for controller in self.controllers:
             memory = memories.get(type(controller).__name__)
             if memory is not None and not memory["dry_run"] and not controller.dry_run:
-                controller.apply(memory["memory"])
+                with suppress(Exception):  # the monitor carries it out again, and says it if it cannot
+                    controller.apply(memory["memory"])

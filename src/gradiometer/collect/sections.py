@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..record.readings import last_part
+
 INVARIANT = "scale_invariant"
 
 
@@ -66,7 +68,8 @@ class Sections:
                 if not parameter.requires_grad:
                     continue
                 name = names.get(id(parameter), "other.parameter").replace("_orig_mod.", "")
-                label = "layer." + (name.rpartition(".")[0] or "model") if layers else group_name
+                layer = f"layer.{last_part(name.rpartition('.')[0], 'model')}"
+                label = layer if layers else group_name
                 key = (f"{label}.{INVARIANT}" if name in invariant else label, index)
                 sizes[key] = sizes.get(key, 0) + parameter.numel()
                 self._section[id(parameter)] = list(sizes).index(key)

@@ -317,8 +317,11 @@ class ControlPanel:
             if memory is None:
                 continue
             if memory["dry_run"] == controller.dry_run:
-                self._states[index] = memory["memory"]
-                left.discard(name)
+                try:
+                    self._states[index] = _checked(controller, memory["memory"])
+                    left.discard(name)
+                except Exception as error:
+                    messages.append(f"{name} cannot go on from the checkpoint, and begins anew: {error}")
             elif memory["dry_run"]:
                 messages.append(f"{name} was a dry run in the checkpoint, and acts now: it begins anew.")
         if left and saved["changes"]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..collect.registry import COLLECTORS
 from ..collect.snapshot import Snapshot, present_name
-from ..errors import InputError, check_list
+from ..errors import InputError, check_choice, check_flag, check_list, check_number, shown
 from ..observables import Observable
+
+STATE_VERSION = 5
+"""Of the form of a monitor's state."""
+_PARTS = {"run", "settings", "probe", "control", "memories", "observables"}
 
 
 def check_run(
@@ -33,6 +39,11 @@ def check_run(
             "Monitor takes a module and its optimizer",
             got=f"{type(model).__name__} and {type(optimizer).__name__}",
             fix="Write Monitor(model, optimizer).",
+        )
+    if any(is_lazy(p) for p in model.parameters()):
+        raise InputError(
+            f"{type(model).__name__} has lazy modules, whose parameters have no shape yet",
+            fix="Call the model on a batch first, then make its optimizer and the Monitor.",
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
@@ -70,32 +81,22 @@ def check_batches(
     if forward is not None and not callable(forward):
         raise InputError(
             "forward must be a callable (model, x) -> outputs [N, O]",
-            got=repr(forward),
+            got=shown(forward),
             fix="Write forward=lambda model, x: model(x).",
         )
-    if replacement not in (None, True, False):
+    if replacement is not None and not isinstance(replacement, bool):
         raise InputError(
             "replacement says whether batches are drawn with replacement",
-            got=repr(replacement),
+            got=shown(replacement),
             fix="Write replacement=False for a loader that shuffles, or leave it out.",
         )
-    if dataset_size is not None and (not isinstance(dataset_size, int) or dataset_size < 1):
-        raise InputError(
-            "dataset_size must be a whole number of examples, at least 1",
-            got=repr(dataset_size),
-            fix="Write dataset_size=len(dataset).",
-        )
-    for name, value, least in (("batch_dim", batch_dim, 0), ("batch_size", batch_size, 1)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise InputError(
-                f"{name} must be a whole number at least {least}",
-                got=repr(value),
-                fix=f"Write {name}={least}.",
-            )
+    check_number("dataset_size", dataset_size, least=1, integer=True, optional=True, example="len(dataset)")
+    check_number("batch_dim", batch_dim, least=0, integer=True, optional=True, example="0")
+    check_number("batch_size", batch_size, least=1, integer=True, optional=True, example="32")
     if output is not None and (not isinstance(output, (int, str)) or isinstance(output, bool)):
         raise InputError(
             "output names a part of what the network returns: an index, a key or an attribute",
-            got=repr(output),
+            got=shown(output),
             fix='Write output=0 or output="logits".',
         )
 
@@ -141,25 +142,45 @@ def check_settings(
     if loss_fn is not None and not callable(loss_fn):
         raise InputError(
             "loss_fn must be a callable (outputs, targets) -> loss",
-            got=repr(loss_fn),
+            got=shown(loss_fn),
             fix="Write loss_fn=torch.nn.functional.cross_entropy.",
         )
-    if not isinstance(layers, bool):
-        raise InputError("layers must be True or False", got=repr(layers), fix="Write layers=True.")
-    if loss_reduction not in (None, "mean", "sum"):
-        raise InputError("unknown loss_reduction", got=repr(loss_reduction), fix='Write "mean" or "sum".')
-    if not isinstance(probe_size, int) or probe_size < 1:
-        raise InputError("probe_size must be at least 1", got=repr(probe_size), fix="Write probe_size=32.")
-    if not isinstance(prefix, str) or not prefix or "/" in prefix:
+    check_flag("layers", layers)
+    if loss_reduction is not None:
+        check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+    check_number("probe_size", probe_size, least=1, integer=True, example="32")
+    if not isinstance(prefix, str) or not prefix.isprintable() or not prefix or "/" in prefix:
         raise InputError(
             "prefix must be one word without a slash",
-            got=repr(prefix),
+            got=shown(prefix),
             fix='Write prefix="dynamics".',
         )
-    if on_error not in ("warn", "raise"):
-        raise InputError("unknown on_error", got=repr(on_error), fix='Write "warn" or "raise".')
-    if budget is not None and (not isinstance(budget, (int, float)) or not 0 < budget < 1):
-        raise InputError("budget is a share between 0 and 1", got=repr(budget), fix="Write budget=0.05.")
+    check_choice("on_error", on_error, ("warn", "raise"))
+    check_number("budget", budget, above=0, below=1, optional=True, example="0.05")
+
+
+def check_state(state: Any) -> None:
+    """Refuse what is no state of a monitor, or lacks one of its parts.
+
+    Args:
+        state: As for :meth:`~gradiometer.engine.monitor.Monitor.load_state_dict`.
+
+    Raises:
+        InputError: With what to write instead.
+    """
+    fix = "Pass what monitor.state_dict() returned."
+    numbers = ("version", "step")
+    if not isinstance(state, Mapping) or not all(type(state.get(name)) is int for name in numbers):
+        kind = f"a {type(state).__name__}"
+        got = f"{kind} of {sorted(map(str, state))}" if isinstance(state, Mapping) else kind
+        raise InputError("this is no state of a monitor", got=got, fix=fix)
+    if state["step"] < 0:
+        raise InputError("the step of a monitor's state is not negative", got=state["step"], fix=fix)
+    mappings = [isinstance(state.get(name), Mapping) for name in ("memories", "observables")]
+    if state["version"] == STATE_VERSION and not (state.keys() >= _PARTS and all(mappings)):
+        raise InputError(
+            "this state of a monitor is not whole", got=f"the parts {sorted(map(str, state))}", fix=fix
+        )
 
 
 def _check_needs(observable: Observable) -> None:

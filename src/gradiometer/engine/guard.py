@@ -9,7 +9,7 @@ from functools import wraps
 from time import perf_counter
 from typing import Literal, ParamSpec, TypeVar
 
-from ..errors import MeasurementWarning
+from ..errors import MeasurementWarning, printable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,6 +39,7 @@ class Guard:
         if (key or message) in self._said:
             return
         self._said.add(key or message)
+        message = "\n".join(map(printable, message.splitlines()))
         try:
             warnings.warn(message, kind, stacklevel=2)
         except kind:

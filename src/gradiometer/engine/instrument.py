@@ -14,13 +14,19 @@ from ..collect.registry import COLLECTORS
 from ..collect.snapshot import Snapshot
 from ..errors import InputError, SampleSkippedError, UnsupportedError
 from ..observables.base import Estimate, Observable, as_sample
-from ..record.readings import Reading, make_key, quantity_of
+from ..record.readings import Reading, make_key, measured, quantity_of
 from ..stats.estimators import Estimator
 from ..stats.jackknife import correlated_jackknife, t_quantile
+from .saved import opened, sealed
 from .step import Taking
 
 TRIES = 3
 """Failures in a row after which an observable is left out; skipped samples after which its record is."""
+
+_BEGUN_ANEW = {
+    "settings": "its window began anew, because the optimizer's settings or the batch size jumped.",
+    "parameters": "its window began anew, because other parameters are trained.",
+}
 
 _REMEMBERED = ("stretch", "seen", "owed", "skips", "failures", "retired")
 
@@ -48,6 +54,9 @@ class Instrument:
         self.skips = self.failures = 0
         """Samples skipped, and failures, since the last reading."""
         self.retired = False
+        self.reason = ""
+        """Why something that was read before is not read of late."""
+        self._keys_read: set[str] = set()
 
     @property
     def name(self) -> str:
@@ -125,7 +134,17 @@ class Instrument:
                 array = value.detach().cpu().numpy()
                 readings.append(self._reading(label(name), array, note=note, resolved=estimate.resolved))
         self.settled()
+        self._compare(readings)
         return readings
+
+    def _compare(self, readings: list[Reading]) -> None:
+        """Whether all is read that was ever read."""
+        keys = {reading.key for reading in measured(readings)}
+        if keys >= self._keys_read:
+            self.reason = ""
+        elif len(keys) < len(readings):
+            self.reason = "it is not a finite number."
+        self._keys_read |= keys
 
     def _number(
         self, name: str, row: Tensor, estimate: Estimate, jackknife: tuple[float, int] | None, note: str
@@ -203,22 +222,34 @@ class Instrument:
         if reason not in self.observable.restarts:
             return False
         self.estimator.reset(everything=reason == "parameters")
+        self.reason = _BEGUN_ANEW[reason]
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """The estimator's state and what is remembered, as tensors and numbers."""
+        """The estimator's state, what is remembered, and what both rest on; tensors and plain values."""
         remembered = {name: getattr(self, name) for name in _REMEMBERED}
-        return {"estimator": self.estimator.state_dict(), **remembered}
+        state = {"estimator": self.estimator.state_dict(), "rests_on": self.observable.rests_on()}
+        return sealed(state | remembered)
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`.
+    def resumed(self, saved: Any) -> Instrument:
+        """One for the same observable that goes on from :meth:`state_dict`.
 
         Args:
             saved: What it returned.
+
+        Raises:
+            InputError: If that is damaged, or of other settings.
         """
-        self.estimator.load_state_dict(saved["estimator"])
+        content = opened(saved)
+        if content is None:
+            raise InputError("its part of the checkpoint is damaged")
+        if content["rests_on"] != self.observable.rests_on():
+            raise InputError("it was measured with other settings")
+        fresh = Instrument(self.observable, self._prefix)
+        fresh.estimator.load_state_dict(content["estimator"])
         for name in _REMEMBERED:
-            setattr(self, name, saved[name])
+            setattr(fresh, name, content[name])
+        return fresh
 
 
 def description_of(error: Exception) -> str:

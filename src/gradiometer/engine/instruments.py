@@ -15,6 +15,7 @@ from .cost import CostLedger
 from .guard import Guard
 from .instrument import TRIES, Instrument, description_of
 from .ranks import Ranks
+from .saved import Misfits
 from .step import StepUnderWay, Taking
 
 _OF_ALL = frozenset({"gradient_parts", "example_parts", "norm_layer_parts"})
@@ -36,6 +37,7 @@ class Instruments:
         self, observables: Sequence[Observable], prefix: str, guard: Guard, ranks: Ranks, feeds: set[str]
     ) -> None:
         self._instruments = {observable.group: Instrument(observable, prefix) for observable in observables}
+        self._prefix = prefix
         self._guard, self._ranks, self._feeds = guard, ranks, feeds
         ranks.parted = self._leave_out
 
@@ -52,6 +54,11 @@ class Instruments:
     def measure(self) -> bool:
         """Whether any of them still measures."""
         return any(not instrument.retired for instrument in self._instruments.values())
+
+    def reasons(self) -> dict[str, str]:
+        """Why something is not read of late, by group."""
+        instruments = self._instruments.values()
+        return {instrument.name: instrument.reason for instrument in instruments if instrument.reason}
 
     def begin(self, step: int) -> list[Taking]:
         """What is due at a step.
@@ -231,6 +238,7 @@ class Instruments:
     ) -> None:
         """Say it once, and let the instrument try again or retire."""
         what = f"{type(instrument.observable).__name__} at step {step}"
+        instrument.reason = description_of(error)
         if isinstance(error, SampleSkippedError):
             instrument.skip(taking)
             # where before_step() is missing, one warning has said so
@@ -245,7 +253,7 @@ class Instruments:
             fate = "It is left out from here on."
             if instrument.name in self._feeds:
                 fate += " Controllers that decide by it do nothing from here on."
-        text = description_of(error)
+        text = instrument.reason
         self._guard.warn(f"{what}: {text} {fate} Training goes on.", f"{instrument.name}:{text}")
 
     def owe(self, takings: Sequence[Taking]) -> None:
@@ -266,18 +274,40 @@ class Instruments:
         self._guard.warn(message, instrument.name, CostWarning)
 
     def state_dict(self) -> dict[str, Any]:
-        """States by group."""
-        return {name: instrument.state_dict() for name, instrument in self._instruments.items()}
+        """States by group; one that cannot be had is left out, and that is said."""
+        states = {}
+        for name, instrument in self._instruments.items():
+            try:
+                states[name] = instrument.state_dict()
+            except Exception as error:
+                if not self._guard.contains:
+                    raise
+                text = f"the checkpoint is made without {name}: {description_of(error)}"
+                self._guard.warn(f"{text} After resuming from it, {name} begins anew.", f"saving {name}")
+        return states
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> list[str]:
-        """Continue from :meth:`state_dict`.
+    def resume(
+        self, saved: Mapping[str, Any], unfit: Callable[[Observable], str], misfits: Misfits
+    ) -> list[str]:
+        """Continue from :meth:`state_dict`; each goes on as a whole, or begins anew.
 
         Args:
             saved: What it returned.
+            unfit: Why an observable cannot go on, empty where it can.
+            misfits: Where it is noted that one begins anew.
 
         Returns:
             Groups that are not measured here.
         """
-        for name in saved.keys() & self._instruments.keys():
-            self._instruments[name].load_state_dict(saved[name])
+        for name, instrument in self._instruments.items():
+            observable = instrument.observable
+            self._instruments[name] = Instrument(observable, self._prefix)
+            reason = unfit(observable)
+            if not reason and name in saved:
+                try:
+                    self._instruments[name] = instrument.resumed(saved[name])
+                except Exception as error:
+                    reason = description_of(error).removesuffix(".")
+            if reason:
+                misfits.add(reason, name)
         return [name for name in saved if name not in self._instruments]

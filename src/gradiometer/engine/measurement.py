@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from collections.abc import Sequence
 from typing import Any
 
 from .. import parallel
@@ -17,18 +16,20 @@ from ..record.base import Recorder
 from ..record.readings import Decision, Reading
 from .calls import Calls, Hints, Shown
 from .changes import Settings
+from .checkpoint import Resumable
 from .cost import CostLedger
 from .division import Division
 from .guard import Guard
 from .instruments import Instruments
-from .output import Output, ignore
-from .probe import saved_probe
+from .output import Output
 from .ranks import Ranks
 from .steering import Steering
 from .step import EARLY, StepUnderWay, Taking
 
+MODEL = "another model"
 
-class Measurement:
+
+class Measurement(Resumable):
     """The rooms of the engine, and the way of one step through them.
 
     Args:
@@ -307,7 +308,7 @@ class Measurement:
         seconds = float(sum(taking.seconds for taking in step.takings))
         readings += self.cost.readings(self._prefix, seconds)
         if decisions:
-            self.output.hand_on(lambda recorder: getattr(recorder, "record_decisions", ignore)(decisions))
+            self.output.decide(decisions)
         self.output.add(step.logged, readings, self.division.groups)
 
     def _control(
@@ -363,60 +364,6 @@ class Measurement:
         """
         self.instruments.owe(step.takings)
         step.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that readings depend on, as tensors and numbers."""
-        probe = self.probe
-        memories = {
-            name: {part: memory[part] for part in COLLECTORS[name].saved if part in memory}
-            for name, memory in self.memories.items()
-        }
-        return {
-            "updates": self._updates,
-            "micro_batches": self._micro_batches_before,
-            "probe": None if probe is None else {"inputs": probe.inputs, "targets": probe.targets},
-            "scale_invariant": self.division.invariant,
-            "settings": self.settings.state_dict(),
-            "turned": self.steering.turned,
-            "control": self.steering.state_dict(),
-            "sections": [astuple(section) for section in self.division.sections.sections],
-            "memories": {name: memory for name, memory in memories.items() if memory},
-            "observables": self.instruments.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`.
-
-        Args:
-            state: What it returned.
-        """
-        self._updates = state["updates"]
-        self._micro_batches_before = state["micro_batches"]
-        self.settings.load_state_dict(state["settings"])
-        self.division.invariant = state["scale_invariant"]
-        self.division.divide()
-        for name, memory in state["memories"].items():
-            self.memories[name].update(memory)
-        self._load_probe(state["probe"])
-        unknown = self.instruments.load_state_dict(state["observables"])
-        if [astuple(section) for section in self.division.sections.sections] != state["sections"]:
-            self.restart("parameters")
-        if unknown:
-            self.guard.warn(
-                f"the checkpoint also holds {sorted(unknown)}, which this monitor does not measure."
-            )
-        self.steering.turned = state["turned"]
-        self.steering.load_state_dict(state["control"])
-
-    def _load_probe(self, saved: Mapping[str, Any] | None) -> None:
-        """The probe of the checkpoint, unless another one was given."""
-        if saved is not None and self._probe_is_given:
-            self.guard.warn(
-                "the probe given to Monitor is used, not the one in the checkpoint: kernels before "
-                "and after cannot be compared unless they are the same."
-            )
-        elif saved is not None:
-            self.probe = saved_probe(saved, self.ranks.device)
 
 
 def _examples(step: StepUnderWay) -> int:

@@ -28,14 +28,13 @@ from ..record.base import Recorder
 from ..record.readings import Decision, Reading
 from ..record.table import table
 from .calls import Hints, Shown
-from .checks import check_batches, check_run, check_settings
+from .checks import STATE_VERSION, check_batches, check_run, check_settings, check_state
 from .cost import CostLedger
 from .guard import Guard, contained
 from .measurement import Measurement
 from .probe import given_probe
 from .step import StepUnderWay
 
-STATE_VERSION = 4
 _OLDER = {3: "0.1.0"}
 
 
@@ -330,7 +329,14 @@ class Monitor:
 
     def table(self) -> str:
         """The closing table: reading, error, unit, sentence, cost."""
-        return table(self.latest, self.cost.describe(), self._measurement.steering.describe())
+        measured = self._measurement
+        return table(
+            self.latest,
+            self.cost.describe(),
+            measured.steering.describe(),
+            past=measured.output.past,
+            reasons=measured.instruments.reasons(),
+        )
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -380,22 +386,26 @@ class Monitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
 
+        What does not fit this run begins anew, and a warning says so: what was measured on another model,
+        with other settings, by another version, and whatever was damaged.
+
         Args:
             state: What ``state_dict`` returned, also after a round trip through ``torch.save``.
 
         Raises:
-            InputError: If it was written by a version with another form of state.
+            InputError: If it is no state of a monitor; then nothing has changed.
         """
-        version = state["version"]
-        if version != STATE_VERSION:
-            wrote = _OLDER.get(version, "that wrote the checkpoint")
-            raise InputError(
-                f"this version reads monitor states of version {STATE_VERSION}",
-                got=version,
-                fix=f"Install the version of gradiometer {wrote}, or leave the monitor's state out.",
-            )
+        check_state(state)
         self.step = state["step"]
-        self._measurement.load_state_dict(state)
+        version = state["version"]
+        if version == STATE_VERSION:
+            self._measurement.load_state_dict(state)
+            return
+        self.guard.warn(
+            f"the checkpoint holds a monitor's state of version {version}, and this version of gradiometer "
+            f"goes on from version {STATE_VERSION} only: everything that is measured begins anew. Where that "
+            f"must not be, install the version of gradiometer {_OLDER.get(version, 'that wrote it')}."
+        )
 
 
 class _MicroBatch:

@@ -24,7 +24,7 @@ from ..errors import InputError, SampleSkippedError, TooEarlyError, UnsupportedE
 from ..parallel import ApartError
 from .guard import Guard
 from .instrument import Instrument
-from .probe import saved_probe
+from .probe import probe_state, saved_probe
 from .step import Taking
 
 T = TypeVar("T")
@@ -252,10 +252,10 @@ def _sent(plans: Sequence[str], probe: Probe | None) -> bytes | None:
     def host(leaf: Any) -> Any:
         return leaf.cpu() if isinstance(leaf, Tensor) else leaf
 
-    nest = pytree.tree_map(host, {"inputs": probe.inputs, "targets": probe.targets})
+    on_host = Probe(*pytree.tree_map(host, (probe.inputs, probe.targets)))
     try:
-        return pickle.dumps(nest)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        return pickle.dumps(probe_state(on_host))
+    except InputError as error:
         raise ApartError(f"the first batch cannot be sent to other processes: {error}") from error
 
 

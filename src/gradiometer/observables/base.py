@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
 
 from ..collect.snapshot import RENAMED, Snapshot, present_name
+from ..errors import check_kind
 from ..record.readings import Quantity, quantity_of
 from ..stats.estimators import Estimator, Last, Reference
 from .relations import CrossCheck
@@ -124,6 +126,9 @@ class Observable(ABC):
     restarts: ClassVar[frozenset[str]] = frozenset()
     """What begins its window anew: ``"settings"`` (a jump of the learning rate, the momentum, the decay
     or the batch size), ``"parameters"`` (others are trained from now on)."""
+    not_averaged: ClassVar[frozenset[str]] = frozenset({"schedule", "sampling", "estimator"})
+    """Settings that may change from a checkpoint to the run that goes on from it: averages do not rest on
+    them. The estimator's own settings are looked at apart."""
     default_estimator: ClassVar[type[Estimator]] = Last
     """Not the default of the field itself, so that a configuration file can hold every default."""
 
@@ -139,9 +144,14 @@ class Observable(ABC):
                 setattr(cls, name, frozenset(map(present, getattr(cls, name))))
 
     def __post_init__(self) -> None:
-        """Read numbers as cadences, and choose the estimator."""
+        """Read numbers as cadences, and choose the estimator.
+
+        Raises:
+            InputError: If one of them is of another kind.
+        """
         if self.estimator is None:
             object.__setattr__(self, "estimator", self.default_estimator())
+        check_kind("estimator", self.estimator, Estimator, f"{self.default_estimator.__name__}()")
         object.__setattr__(self, "schedule", as_schedule(self.schedule))
         if self.sampling is not None:
             object.__setattr__(self, "sampling", as_schedule(self.sampling))
@@ -163,6 +173,22 @@ class Observable(ABC):
         """
         quantity_of(name, cls.quantities, cls.__name__)
         return f"{cls.group}/{name}"
+
+    def rests_on(self) -> str:
+        """The settings behind its averages and levels, in words that are the same in every process.
+
+        Example:
+            >>> from gradiometer import JacobianNorm
+            >>> JacobianNorm(seed=3).rests_on()
+            'JacobianNorm(num_projections=None, seed=3), Last()'
+        """
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.not_averaged}
+        average = {name: value for name, value in vars(self.estimator).items() if not name.startswith("_")}
+        words = [
+            f"{type(owner).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+            for owner, settings in ((self, chosen), (self.estimator, average))
+        ]
+        return re.sub(r" at 0x[0-9a-f]+", "", ", ".join(words))
 
     def check_words(self, names: Iterable[str]) -> None:
         """Refuse a reading without words.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..collect.snapshot import Snapshot
-from ..errors import InputError
+from ..errors import InputError, check_choice, check_flag, check_number
 from ..optimizers import GroupSettings
 from ..record.readings import Quantity, Reading, sibling
 from ..stats.estimators import Estimator, HalfRun, Last, Reference
@@ -275,6 +275,7 @@ class FluctuationDissipation(Observable):
     level_needs: ClassVar[frozenset[str]] = frozenset({"weights"})
     default_estimator: ClassVar[type[Estimator]] = HalfRun
     restarts: ClassVar[frozenset[str]] = frozenset({"settings", "parameters"})
+    not_averaged: ClassVar[frozenset[str]] = Observable.not_averaged | {"tolerance", "test"}
     checks: ClassVar[Mapping[str, CrossCheck]] = {RIGHT: _contradicted_by_gradient}
     quantities: ClassVar[Mapping[str, Quantity]] = {
         LEFT: Quantity(
@@ -357,21 +358,19 @@ class FluctuationDissipation(Observable):
 
     def __post_init__(self) -> None:
         """Sample every step when verifying; refuse what cannot be."""
+        for name in ("centred", "verify"):
+            check_flag(name, getattr(self, name))
         if self.verify:
             object.__setattr__(self, "sampling", every(1))
         super().__post_init__()
+        check_choice("test", self.test, get_args(Test))
+        check_number("tolerance", self.tolerance, above=0)
         if isinstance(self.estimator, Last):
             raise InputError(
                 "FluctuationDissipation compares the two ends of a window",
                 got="Last()",
                 fix="Write estimator=HalfRun(), Window(1000) or Mean().",
             )
-        if self.test not in get_args(Test):
-            raise InputError(
-                "unknown test of stationarity", got=repr(self.test), fix=f"Write one of {get_args(Test)}."
-            )
-        if not self.tolerance > 0:
-            raise InputError("tolerance must be positive", got=self.tolerance, fix="Write tolerance=0.05.")
         if self.centred and self.verify:
             raise InputError(
                 "the identity is verified for the weights themselves",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..autodiff.per_example import per_example_grad_norms
 from ..collect.snapshot import GradientParts, Snapshot
-from ..errors import InputError, SampleSkippedError
+from ..errors import InputError, SampleSkippedError, check_choice, check_flag
 from ..optimizers import GroupSettings
 from ..parallel import world_size
 from ..record.readings import Quantity, Reading, sibling
@@ -325,11 +325,9 @@ class GradientNoiseScale(Observable):
     def __post_init__(self) -> None:
         """Refuse sources that do not exist."""
         super().__post_init__()
-        for name in (self.source, self.cross_check):
-            if name is not None and name not in _FIELDS:
-                raise InputError(
-                    "unknown source of the noise scale", got=repr(name), fix=f"Write one of {list(_FIELDS)}."
-                )
+        check_choice("source", self.source, list(_FIELDS))
+        check_choice("cross_check", self.cross_check, [*_FIELDS, None])
+        check_flag("preconditioned", self.preconditioned)
         if self.cross_check == self.source:
             raise InputError(
                 "a source cannot be checked against itself",

@@ -22,7 +22,7 @@ from ..autodiff.jacobian import (
 )
 from ..autodiff.untouched import measuring
 from ..collect.snapshot import Snapshot
-from ..errors import InputError
+from ..errors import check_number
 from ..record.readings import Quantity, Reading
 from ..stats.estimators import Reference
 from .base import Estimate, Numbers, Observable
@@ -115,14 +115,10 @@ class JacobianNorm(Observable):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the number of projections."""
+        """Check both numbers."""
         super().__post_init__()
-        if self.num_projections is not None and self.num_projections < 1:
-            raise InputError(
-                "num_projections must be at least 1",
-                got=self.num_projections,
-                fix="Write num_projections=2, or None for the default.",
-            )
+        check_number("num_projections", self.num_projections, least=1, integer=True, optional=True)
+        check_number("seed", self.seed, least=0, integer=True)
 
     def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """Means over the probe, and the variance that the projections leave in them."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import InputError
+from ..errors import InputError, check_kind, check_list, check_number, shown
 
 __all__ = [
     "Schedule",
@@ -49,10 +49,10 @@ class every(Schedule):  # noqa: N801 - reads as a verb where it is used: every(1
 
     def __post_init__(self) -> None:
         """Check the cadence."""
-        if not isinstance(self.steps, int) or self.steps < 1:
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise InputError(
                 "a cadence must be a whole number of steps, at least 1",
-                got=repr(self.steps),
+                got=shown(self.steps),
                 fix="Write every(50) for every 50th step.",
             )
 
@@ -80,12 +80,7 @@ class log_spaced(Schedule):  # noqa: N801
 
     def __post_init__(self) -> None:
         """Check the end."""
-        if self.until is not None and self.until < 1:
-            raise InputError(
-                "log_spaced(until=...) must be at least 1",
-                got=self.until,
-                fix="Write log_spaced(until=1000), or log_spaced() for no end.",
-            )
+        check_number("until", self.until, least=1, integer=True, optional=True, example="1000")
 
     def __call__(self, step: int) -> bool:
         """Whether ``step`` is 0 or one of 1, 2, 5 times a power of ten."""
@@ -114,7 +109,8 @@ class at(Schedule):  # noqa: N801
 
     def __post_init__(self) -> None:
         """Check the steps."""
-        if not self.steps or min(self.steps) < 0:
+        check_list("steps", self.steps, "whole numbers", lambda step: type(step) is int, "0, 100, 1000")
+        if not len(self.steps) or min(self.steps) < 0:
             raise InputError(
                 "at(steps) needs at least one step and none below 0",
                 got=list(self.steps),
@@ -142,6 +138,11 @@ class either(Schedule):  # noqa: N801
     first: Schedule
     second: Schedule
 
+    def __post_init__(self) -> None:
+        """Check both."""
+        for schedule in (self.first, self.second):
+            check_kind("schedule", schedule, Schedule, "every(100) | at([10, 30])")
+
     def __call__(self, step: int) -> bool:
         """Whether one of the two is due."""
         return self.first(step) or self.second(step)
@@ -162,10 +163,10 @@ def as_schedule(schedule: Schedule | int) -> Schedule:
     """
     if isinstance(schedule, Schedule):
         return schedule
-    if isinstance(schedule, int):
+    if isinstance(schedule, int) and not isinstance(schedule, bool):
         return every(schedule)
     raise InputError(
         "a schedule must be a Schedule or a number of steps",
-        got=repr(schedule),
+        got=shown(schedule),
         fix="Write schedule=every(50) or schedule=50.",
     )

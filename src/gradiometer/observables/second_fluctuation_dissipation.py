@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..collect.snapshot import Snapshot
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError, UnsupportedError, check_flag
 from ..record.readings import Quantity
 from ..stats.estimators import Estimator, HalfRun, Reference
 from .base import Estimate, Numbers, Observable, Sample
@@ -438,6 +438,11 @@ class SecondFluctuationDissipation(Observable):
     }
 
     allow_shuffled: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the setting."""
+        super().__post_init__()
+        check_flag("allow_shuffled", self.allow_shuffled)
 
     def statistics(self, snapshot: Snapshot) -> Sample:
         """Both sides at this step, and what the curvature under the noise is made of."""

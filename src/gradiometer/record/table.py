@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
+from ..errors import printable
 from .readings import Reading
+
+_MOST = (80, 30, 40)
+"""Columns of a name, of a number and of a unit at the most."""
 
 
 def sentence(reading: Reading, others: Mapping[str, Reading]) -> str:
@@ -40,14 +45,20 @@ def table(
     costs: Mapping[str, str],
     decisions: Sequence[str] = (),
     *,
+    past: Mapping[str, tuple[int, Reading]] = MappingProxyType({}),
+    reasons: Mapping[str, str] = MappingProxyType({}),
     width: int = 118,
 ) -> str:
     """The closing table: reading, value and error, unit, sentence, cost; then what controllers decided.
+
+    Where the last record could not be read, it shows the last one that could, with its step.
 
     Args:
         readings: The latest reading of every key; arrays are left out.
         costs: Cost of each group, in words.
         decisions: What controllers decided, a sentence each.
+        past: The last reading of every key that was measured, with its step.
+        reasons: Why a group has not been read lately.
         width: Columns of the terminal.
 
     Returns:
@@ -63,33 +74,52 @@ def table(
     """
     rows: list[tuple[str, str, str, str]] = []
     group = ""
-    for key in sorted(readings):
-        reading = readings[key]
+    stale = {key for key, (_, reading) in past.items() if readings.get(key) is not reading}
+    unread = {key.split("/")[1] for key in stale}
+    for key in sorted(readings.keys() | past.keys()):
+        step, reading = past[key] if key in stale else (0, readings[key])
         if not isinstance(reading.value, float):
             continue
         _, owner, name = key.split("/", 2)
         if owner != group:
             group = owner
             facts = [f"cost: {costs[group]}"] if group in costs else []
-            rows.append((group, "", "", "; ".join(facts + [reading.note] * bool(reading.note))))
-        rows.append((f"  {name}", _number(reading), reading.unit, _said(reading, readings)))
+            facts += [reading.note] * bool(reading.note)
+            facts += [f"not read lately: {reasons[group]}"] if group in reasons and group in unread else []
+            rows.append((group, "", "", "; ".join(facts)))
+        text = f"last read at step {step}. {reading.sentence}" if key in stale else _said(reading, readings)
+        rows.append((f"  {name}", _number(reading), reading.unit, text))
+    lines = _laid_out(rows, width)
+    if decisions:
+        lines += ["", "decisions"]
+        for decision in decisions:
+            text = printable(decision)
+            lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _laid_out(rows: Sequence[tuple[str, str, str, str]], width: int) -> list[str]:
+    """Lines of the table; what is too long for its column is cut, and the last one is wrapped."""
     header = ("reading", "value ± error", "unit", "what it says")
-    sizes = [max(len(header[i]), *(len(row[i]) for row in rows)) if rows else 8 for i in range(3)]
-    sizes[0], sizes[1] = max(sizes[0], 13), max(sizes[1], 17)
+    cut = [(*(_cut(cell, most) for cell, most in zip(row, _MOST, strict=False)), row[3]) for row in rows]
+    sizes = [max(len(row[i]) for row in [header, *cut]) for i in range(3)]
+    sizes[0], sizes[1], sizes[2] = max(sizes[0], 13), max(sizes[1], 17), max(sizes[2], 4 if rows else 8)
     rest = max(40, width - sum(sizes) - 6)
     lines = [
         _line(header, sizes),
         _line(("-" * sizes[0], "-" * sizes[1], "-" * sizes[2], "-" * rest), sizes),
     ]
-    for row in rows:
-        text = textwrap.wrap(row[3], rest) or [""]
-        lines.append(_line((*row[:3], text[0]), sizes))
+    for *cells, said in cut:
+        text = textwrap.wrap(printable(said), rest) or [""]
+        lines.append(_line((*cells, text[0]), sizes))
         lines.extend(_line(("", "", "", more), sizes) for more in text[1:])
-    if decisions:
-        lines += ["", "decisions"]
-        for decision in decisions:
-            lines += textwrap.wrap(decision, width, initial_indent="  ", subsequent_indent="    ")
-    return "\n".join(lines)
+    return lines
+
+
+def _cut(cell: str, most: int) -> str:
+    """A cell that the terminal shows as it is, cut short at its end."""
+    text = printable(cell)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _said(reading: Reading, others: Mapping[str, Reading]) -> str:
