@@ -87,13 +87,15 @@ class RideAlong:
         self.comparison = Comparison() if check else None
         self.weighted: dict[str, Tensor] = {}
         wanted = None if parameters is None else {id(p) for p in parameters}
-        self._names = {
-            id(p): name
+        trained = {
+            name: p
             for name, p in model.named_parameters()
             if p.requires_grad and (wanted is None or id(p) in wanted)
         }
+        self._names = {id(p): name for name, p in trained.items() if not p.is_complex()}
         self._without_gradients: set[nn.Module] = set()
-        self._skipped = dict.fromkeys(self._names.values(), "its module has no rule, or was not called")
+        self._skipped = dict.fromkeys(trained, "it is complex")
+        self._skipped |= dict.fromkeys(self._names.values(), "its module has no rule, or was not called")
         self._calls: dict[nn.Module, int] = {}
         self._returned: dict[nn.Module, list[dict[str, Factor]]] = {}
         self._sq_norms: dict[str, Tensor] = {}
