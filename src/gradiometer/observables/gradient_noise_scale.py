@@ -22,13 +22,21 @@ from ..optimizers import GroupSettings
 from ..parallel import world_size
 from ..record.readings import Quantity, Reading, sibling
 from ..stats.estimators import Estimator, Reference, Window
-from ..stats.noise_scale import BATCH, gradient_noise_scale, moments_of_parts, sgd_noise_scale, solve
+from ..stats.noise_scale import (
+    BATCH,
+    gradient_noise_scale,
+    moments_of_parts,
+    of_training_set,
+    sgd_noise_scale,
+    solve,
+)
 from .base import Estimate, Numbers, Observable, Sample
 from .noise_resolution import (
     OF_THE_DATA_SET,
     beside_data_set,
     critical_fraction,
     not_measured,
+    population,
     ratio_of_scales,
     resolved_scale,
 )
@@ -146,6 +154,13 @@ class GradientNoiseScale(Observable):
     parameters covered are part of every reading. Weight decay inside the optimizer is not part of the
     gradient measured here.
 
+    Noise and gradient are those of the training set. Where batches are drawn from it without replacement,
+    no two examples of a step are the same, on all processes together, and readings are corrected for that,
+    see ``of_training_set``; this takes ``Monitor(dataset_size=, replacement=False)``, which the Lightning
+    callback finds out by itself. Where it is not known how batches are drawn, or from how many examples,
+    nothing is corrected: readings are those of the distribution that the examples were drawn from. The note
+    says which of the two.
+
     B_simple is a ratio of averages with Fieller's interval. Where the squared gradient is within two
     standard errors of zero it is not resolved: the reading is ``nan``, and its lower bound stands.
 
@@ -226,7 +241,10 @@ class GradientNoiseScale(Observable):
         BATCH_GRAD_SQ_NORM: Quantity(
             "loss^2/parameter^2",
             "Squared norm of the batch gradient.",
-            formula="mean of `‖g_B‖²`, which is `‖G‖² + tr(Sigma)/B`",
+            formula=(
+                "mean of `‖g_B‖²`, which is `‖G‖² + tr(Sigma)/B`, or `‖G‖² + tr(Sigma)/B (N - B)/(N - 1)` "
+                "without replacement"
+            ),
             cost="with it",
             source="arXiv:1812.06162, appendix A",
             tells=(
@@ -402,6 +420,9 @@ class GradientNoiseScale(Observable):
         settings = {"batch_size": float(snapshot.batch_size), **_heat(snapshot)}
         if snapshot.has("dataset_size"):
             settings["dataset_size"] = float(snapshot.dataset_size)
+        share, _ = population(snapshot)
+        if share is not None:
+            settings["example_share"] = share
         for name, value in settings.items():
             statistics[name] = first.sq_norms.new_full((), value)
         return Sample(statistics, first.weight)
@@ -432,7 +453,7 @@ class GradientNoiseScale(Observable):
         }
 
     def note(self, snapshot: Snapshot) -> str:
-        """Source, reduction, coverage, sampling."""
+        """Source, reduction, coverage, sampling, and whose noise it is."""
         parts: GradientParts = getattr(snapshot, _FIELDS[self.source])
         text = f"{parts.source}, {_reduction(snapshot.loss_reduction)}, {_coverage(parts.coverage)}"
         if parts.skipped:
@@ -440,6 +461,7 @@ class GradientNoiseScale(Observable):
             text += f"; skipped: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
         if snapshot.has("replacement") and not snapshot.replacement:
             text += f"; {WITHOUT_REPLACEMENT}"
+        text += f"; {population(snapshot)[1]}"
         if self.cross_check is not None and snapshot.has(_FIELDS[self.cross_check]):
             other: GradientParts = getattr(snapshot, _FIELDS[self.cross_check])
             verb = "checked against" if comparable(parts, other) else "not comparable with"
@@ -470,7 +492,7 @@ class GradientNoiseScale(Observable):
         if coverage < LEAST_COVERAGE:
             unseen = not_measured(f"single parts of the batch show {100 * coverage:.0f} % of the parameters")
             scales = dict.fromkeys((*scales, CRITICAL_BATCH_FRACTION), unseen)
-        elif "dataset_size" in now:
+        elif "dataset_size" in now and "example_share" not in now:
             scales["scale"] = beside_data_set(scales["scale"], float(now["dataset_size"][0]))
         readings[CRITICAL_BATCH_FRACTION] = critical_fraction(now["batch_size"], scales["scale"])
         readings |= scales
@@ -505,7 +527,10 @@ class GradientNoiseScale(Observable):
     def _solved(self, now: Mapping[str, Tensor], row: str) -> tuple[Tensor, Tensor]:
         """Trace and squared gradient of a source by section, ``[R, U]``."""
         index = self._rows.index(row)
-        return solve(now["moments"][:, index], now["source_weight"][:, index])
+        trace, signal = solve(now["moments"][:, index], now["source_weight"][:, index])
+        if "example_share" not in now:
+            return trace, signal
+        return of_training_set(trace, signal, now["example_share"][:, None])
 
     def _total(self, now: Mapping[str, Tensor], row: str) -> tuple[Tensor, Tensor]:
         """The same over all sections, ``[R]``."""
