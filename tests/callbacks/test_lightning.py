@@ -492,7 +492,7 @@ def test_a_step_that_the_scaler_skips_is_measured_at_the_next():
             return loss * torch.inf if batch_idx == 2 else loss
 
     logger = Kept()
-    observables = [JacobianNorm(schedule=at([2, 5])), GradientNoiseScale(schedule=2)]
+    observables = [JacobianNorm(schedule=at([2, 5])), GradientNoiseScale(schedule=2, sampling=1)]
     with pytest.warns(MeasurementWarning, match="the gradient is not finite at this step") as caught:
         trainer(quiet(observables, on_error="warn"), logger=logger, plugins=[Scaled(2.0**10)]).fit(
             Spoiled(), loader()

@@ -117,7 +117,7 @@ class Measurement:
             micro_batches_before=self._micro_batches_before,
             updates=self._updates,
             drifts=self.settings.drifts,
-            recording=any(taking.recording for taking in takings),
+            recording=any(taking.recording or taking.thorough for taking in takings),
             takings=takings,
         )
         step.collect(self.training, self.memories)
@@ -276,7 +276,7 @@ class Measurement:
                 measured += step.seconds_in_hooks()
                 step.share_costs()
                 for taking in step.takings:
-                    self.cost.spent(taking.name, step.number, taking.seconds)
+                    self.cost.spent(taking.name, step.number, taking.seconds, event=taking.sampling)
                 step.close()
         else:
             self._micro_batches_before = 0

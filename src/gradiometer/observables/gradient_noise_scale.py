@@ -199,6 +199,7 @@ class GradientNoiseScale(Observable):
 
     group: ClassVar[str] = "noise"
     default_estimator: ClassVar[type[Estimator]] = Window
+    of_batch: ClassVar[bool] = True
     restarts: ClassVar[frozenset[str]] = frozenset({"parameters"})
     checks: ClassVar[Mapping[str, CrossCheck]] = {SOURCE_RATIO: _contradicted_by_second_source}
     quantities: ClassVar[Mapping[str, Quantity]] = {
@@ -357,7 +358,7 @@ class GradientNoiseScale(Observable):
 
     @property
     def _others(self) -> dict[str, str]:
-        """Snapshot fields of the sources at recording steps only, by row."""
+        """Snapshot fields of the sources that are measured once for each record, by row."""
         fields = {FULL: _FIELDS["auto"]} if self.source == "norm layers" else {}
         return fields | ({CHECK: _FIELDS[self.cross_check]} if self.cross_check is not None else {})
 
@@ -372,10 +373,10 @@ class GradientNoiseScale(Observable):
         """The row that is read."""
         return FULL if self.source == "norm layers" else FIRST
 
-    def required(self, recording: bool) -> frozenset[str]:
-        """The parts of the batch; those that calibrate or check at recording steps only."""
-        fields = {_FIELDS[self.source], *(self._others.values() if recording else ())}
-        if self.preconditioned and (recording or self.source != "norm layers"):
+    def required(self, thorough: bool) -> frozenset[str]:
+        """The parts of the batch; those that calibrate or check once for each record."""
+        fields = {_FIELDS[self.source], *(self._others.values() if thorough else ())}
+        if self.preconditioned and (thorough or self.source != "norm layers"):
             fields.add("preconditioner")
         return frozenset(fields)
 
@@ -472,10 +473,10 @@ class GradientNoiseScale(Observable):
         """Ratios of the averages with their intervals, in total and per section."""
         weights = reference.weights
         traces, signals = self._solved(now, self._main)
-        readings = self._of_sections(now, traces, signals, weights)
+        main = self._rows.index(self._main)
+        readings = _of_sections(now["parameters"][0, main], traces, signals, weights)
         trace, signal = traces.sum(-1), signals.sum(-1)
         readings |= {"trace": trace, "grad_sq_norm": signal}
-        main = self._rows.index(self._main)
         coverage = float(now["coverage"][0, main] / now["source_weight"][0, main])
         batch_sq_norm = now["moments"][:, main, BATCH].sum(-1)
         readings["batch_grad_sq_norm"] = batch_sq_norm / now["source_weight"][:, main]
@@ -503,25 +504,6 @@ class GradientNoiseScale(Observable):
             trace, signal = self._total(now, PRECONDITIONED)
             readings |= {"preconditioned_trace": trace, "preconditioned_grad_sq_norm": signal}
             readings["preconditioned_scale"] = resolved_scale(trace, signal, weights)["scale"]
-        return readings
-
-    def _of_sections(
-        self, now: Mapping[str, Tensor], traces: Tensor, signals: Tensor, weights: Tensor
-    ) -> dict[str, Tensor | Estimate]:
-        """The same numbers for each section, where there are several."""
-        readings: dict[str, Tensor | Estimate] = {}
-        sections = traces.shape[-1]
-        covered = now["parameters"][0, self._rows.index(self._main)]
-        for u in range(sections) if sections > 1 else ():
-            if not bool(covered[u]):
-                unseen = not_measured("no parameter of this group is seen in parts of the batch")
-                readings |= {
-                    f"{name}/{u}": unseen for name in (TRACE, GRAD_SQ_NORM, SCALE, SCALE_LOWER_BOUND)
-                }
-                continue
-            readings |= {f"{TRACE}/{u}": traces[..., u], f"{GRAD_SQ_NORM}/{u}": signals[..., u]}
-            scales = resolved_scale(traces[..., u], signals[..., u], weights)
-            readings |= {f"{name}/{u}": value for name, value in scales.items()}
         return readings
 
     def _solved(self, now: Mapping[str, Tensor], row: str) -> tuple[Tensor, Tensor]:
@@ -556,6 +538,23 @@ class GradientNoiseScale(Observable):
 
 BATCH_GRAD_SQ_NORM_KEY = GradientNoiseScale.key(BATCH_GRAD_SQ_NORM)
 """For the relation that another observable checks it by."""
+
+
+def _of_sections(
+    covered: Tensor, traces: Tensor, signals: Tensor, weights: Tensor
+) -> dict[str, Tensor | Estimate]:
+    """Readings of each section, where there are several; those seen in no part are not measured."""
+    readings: dict[str, Tensor | Estimate] = {}
+    sections = traces.shape[-1]
+    for u in range(sections) if sections > 1 else ():
+        if not bool(covered[u]):
+            unseen = not_measured("no parameter of this group is seen in parts of the batch")
+            readings |= {f"{name}/{u}": unseen for name in (TRACE, GRAD_SQ_NORM, SCALE, SCALE_LOWER_BOUND)}
+            continue
+        readings |= {f"{TRACE}/{u}": traces[..., u], f"{GRAD_SQ_NORM}/{u}": signals[..., u]}
+        scales = resolved_scale(traces[..., u], signals[..., u], weights)
+        readings |= {f"{name}/{u}": value for name, value in scales.items()}
+    return readings
 
 
 def _heat(snapshot: Snapshot) -> dict[str, float]:

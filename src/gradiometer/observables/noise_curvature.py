@@ -115,8 +115,8 @@ def noise_curvature(
     curved, curved_signal = forms[..., other & same].mean(-1), forms[..., other & ~same].mean(-1)
     noise, trace = (curved - curved_signal) / beta, (plain - signal) / beta
     if dataset_size is not None:
-        own = forms[..., same[:, :, None] & ~same[:, None, :]].mean(-1)  # j = i and j != l
-        correlated = 2 * (own - curved_signal) / beta / dataset_size
+        same_part = forms[..., same[:, :, None] & ~same[:, None, :]].mean(-1)  # j = i and j != l
+        correlated = 2 * (same_part - curved_signal) / beta / dataset_size
         noise, curved_signal = of_training_set(noise, curved_signal + correlated, 1 / dataset_size)
         trace, signal = of_training_set(trace, signal, 1 / dataset_size)
     return {
@@ -232,6 +232,7 @@ class NoiseCurvature(Observable):
     group: ClassVar[str] = "noise_curvature"
     needs: ClassVar[frozenset[str]] = frozenset({"curvature"})
     default_estimator: ClassVar[type[Estimator]] = Window
+    of_batch: ClassVar[bool] = True
     restarts: ClassVar[frozenset[str]] = frozenset({"parameters"})
     quantities: ClassVar[Mapping[str, Quantity]] = {
         "scale": Quantity(

@@ -31,11 +31,11 @@ def population(snapshot: Snapshot) -> tuple[float | None, str]:
         draws from it, ``None`` where moments are not those of the training set. And a clause that says
         whose moments they are.
     """
-    known, independent = snapshot.has("dataset_size"), snapshot.has("replacement") and snapshot.replacement
-    size = f" of {snapshot.dataset_size} examples" if known else ""
-    if independent:
+    sized, told = snapshot.has("dataset_size"), snapshot.has("replacement")
+    size = f" of {snapshot.dataset_size} examples" if sized else ""
+    if told and snapshot.replacement:
         return 0.0, f"of the training set{size}"
-    if known and snapshot.has("replacement") and snapshot.batch_size <= snapshot.dataset_size:
+    if told and sized and snapshot.batch_size <= snapshot.dataset_size:
         return 1 / snapshot.dataset_size, f"of the training set{size}"
     return None, "of the distribution the examples are drawn from"
 

@@ -371,13 +371,14 @@ class SecondFluctuationDissipation(Observable):
         Scalars.
 
     Example:
-        >>> SecondFluctuationDissipation(schedule=200, sampling=20).samples(40)
+        >>> SecondFluctuationDissipation(schedule=200, sampling=20).due(400)
         True
     """
 
     group: ClassVar[str] = "fdr2"
     needs: ClassVar[frozenset[str]] = frozenset({"step_curvature"})
     default_estimator: ClassVar[type[Estimator]] = HalfRun
+    of_batch: ClassVar[bool] = True
     restarts: ClassVar[frozenset[str]] = frozenset({"settings", "parameters"})
     quantities: ClassVar[Mapping[str, Quantity]] = {
         "left": Quantity(
