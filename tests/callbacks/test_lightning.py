@@ -530,7 +530,7 @@ def test_a_step_that_the_scaler_skips_is_measured_at_the_next():
             return loss * torch.inf if batch_idx == 2 else loss
 
     logger = Kept()
-    observables = [JacobianNorm(schedule=at([2, 5])), GradientNoiseScale(schedule=2)]
+    observables = [JacobianNorm(schedule=at([2, 5])), GradientNoiseScale(schedule=2, sampling=1)]
     with warnings.catch_warnings():
         warnings.simplefilter("error", MeasurementWarning)  # a scaler skips steps as a matter of course
         trainer(quiet(observables, on_error="warn"), logger=logger, plugins=[Scaled(2.0**10)]).fit(

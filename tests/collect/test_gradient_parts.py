@@ -351,7 +351,8 @@ def test_a_batch_of_one_example_is_no_sample(source):
 def test_norm_layers_and_their_calibration():
     model = network(nn.LayerNorm(6))
     norms = [id(p) for p in model[1].parameters()]
-    loop = Loop(model, noise(source="norm layers", schedule=3, sampling=1))
+    observable = noise(source="norm layers", schedule=3, sampling=1)
+    loop = Loop(model, observable)
     moments = {"all": [], "norm": [], "cheap": []}
     for step in range(4):
         x = draws(8, P, seed=step)
@@ -359,9 +360,10 @@ def test_norm_layers_and_their_calibration():
         rows = torch.stack([gradient(model, entropy, one) for one in x.split(1)])
         own = torch.cat([torch.full((p.numel(),), id(p) in norms) for p in model.parameters()])
         moments["cheap"].append(by_formula(rows[:, own], [1] * 8))
-        if step % 3 == 0:
+        if observable.draws.chosen(step):
             moments["all"].append(by_formula(rows, [1] * 8))
             moments["norm"].append(moments["cheap"][-1])
+    assert len(moments["all"]) == 2  # at the first step, and at one of the three before the second record
     scales = {name: sum(t for t, _ in each) / sum(s for _, s in each) for name, each in moments.items()}
     factor = scales["all"] / scales["norm"]
     assert loop.value("norm_layer_factor") == pytest.approx(factor, rel=1e-9)
@@ -372,15 +374,18 @@ def test_norm_layers_and_their_calibration():
 
 
 def test_under_norm_layers_the_batch_gradient_is_still_that_of_all():
-    """At the records, where the others are measured too."""
+    """At the samples for which the others are measured too."""
     model = network(nn.LayerNorm(6))
-    loop = Loop(model, noise(source="norm layers", schedule=2, sampling=1))
+    observable = noise(source="norm layers", schedule=2, sampling=1)
+    loop = Loop(model, observable)
     squares = []
     for step in range(3):
         x = draws(8, P, seed=step)
-        squares.append(gradient(model, entropy, x).square().sum().item())
+        if observable.draws.chosen(step):
+            squares.append(gradient(model, entropy, x).square().sum().item())
         loop.step([x])
-    assert loop.value("batch_grad_sq_norm") == pytest.approx((squares[0] + squares[2]) / 2, rel=1e-9)
+    assert len(squares) == 2
+    assert loop.value("batch_grad_sq_norm") == pytest.approx(sum(squares) / 2, rel=1e-9)
 
 
 def test_a_check_that_cannot_be_compared_takes_nothing_from_the_calibration():
@@ -408,7 +413,9 @@ def test_batches_per_epoch_are_those_of_the_usual_batch():
     loop = Loop(model, optimizer=optimizer, dataset_size=38, replacement=False)
     for size in (10, 10, 10, 8):
         loop.step([draws(size, P)])
-    assert loop.reading("temperature").note.endswith("drawn without replacement; 4 batches per epoch")
+    note = loop.reading("temperature").note
+    assert "batches are drawn without replacement; of the training set of 38 examples" in note
+    assert note.endswith("; 4 batches per epoch")
 
 
 def test_the_temperature_is_per_parameter_of_all():

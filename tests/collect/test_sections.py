@@ -257,6 +257,7 @@ def test_a_group_that_is_added_halfway_is_read_under_its_name():
     def add(step, model, optimizer):
         if step == 15:
             optimizer.add_param_group({"params": model[4].parameters(), "name": "head", "lr": 0.01})
+            model.zero_grad()  # the optimizer has not seen to the head so far
 
     model = network()
     rest = [p for name, p in model.named_parameters() if not name.startswith("4")]

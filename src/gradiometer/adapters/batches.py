@@ -114,6 +114,15 @@ def _sampler_of(loader: Any) -> Any:
     return getattr(loader, "sampler", None) if inner is None else inner
 
 
+def fixed_order_of(loader: Any) -> bool:
+    """Whether a data loader gives the same batches in every epoch, as far as its sampler says.
+
+    Args:
+        loader: A data loader.
+    """
+    return _processes_in_order(_sampler_of(loader)) > 0
+
+
 def replacement_of(loader: Any) -> bool | None:
     """Whether a data loader draws with replacement, ``None`` where its sampler does not say.
 

@@ -19,7 +19,6 @@ from torch import nn
 from ..control import check_controllers
 from ..engine.checks import check_batches, check_settings
 from ..engine.monitor import Monitor
-from ..engine.saved import opened
 from ..errors import GradiometerError, MeasurementWarning
 from ..observables import FluctuationDissipation, GradientNoiseScale
 from ..observables.fluctuation_dissipation import RATIO
@@ -27,7 +26,7 @@ from ..observables.gradient_noise_scale import SCALE
 from ..optimizers import unwrapped
 from ..record.base import Recorder
 from ..record.readings import scalars
-from .batches import batch_size_of, check_part, dataset_size_of, loss_scales, replacement_of
+from .batches import batch_size_of, check_part, dataset_size_of, fixed_order_of, loss_scales, replacement_of
 
 IN_PROGRESS_BAR = (GradientNoiseScale.key(SCALE), FluctuationDissipation.key(RATIO))
 """Keys of the readings that a progress bar shows, unless the user names others."""
@@ -127,6 +126,7 @@ class Session:
         of_loader = {
             "dataset_size": dataset_size_of(loader, batches),
             "replacement": replacement_of(loader),
+            "fixed_order": fixed_order_of(loader),
             "batch_size": batch_size_of(loader),
         }
         said = {name: value for name, value in self.arguments.items() if value is not None}
@@ -259,10 +259,10 @@ class Session:
         if state and inside is None:
             message = "what was loaded is no state of this callback: everything that is measured begins anew."
             warnings.warn(message, MeasurementWarning, stacklevel=2)
-        control = opened(inside.get("control")) if isinstance(inside, Mapping) else None
-        memories = {} if control is None else control["controllers"]
+        control = inside.get("control") if isinstance(inside, Mapping) else None
+        memories = control.get("controllers") if isinstance(control, Mapping) else None
         for controller in self.controllers:
-            memory = memories.get(type(controller).__name__)
-            if memory is not None and not memory["dry_run"] and not controller.dry_run:
-                with suppress(Exception):  # the monitor carries it out again, and says it if it cannot
+            with suppress(Exception):  # the monitor carries it out again, and says it if it cannot
+                memory = (memories or {}).get(type(controller).__name__)
+                if memory is not None and not memory["dry_run"] and not controller.dry_run:
                     controller.apply(memory["memory"])

@@ -208,7 +208,7 @@ def split_curvature(
     r"""Inner products of the gradients of a batch's parts, plain and through the Hessians of other parts.
 
     .. math:: \text{gram}_{il} = u_i\cdot g_l, \qquad \text{forms}_{jil} = u_i^T H_j\, u_l
-              \quad (i \ne j,\ l \ne j;\ \text{zero elsewhere})
+              \quad (l \ne j;\ \text{zero where } l = j)
 
     with :math:`u_i = g_i`, or the step that an optimizer makes of it. What ``noise_curvature`` is made
     of. Each part's Hessian meets the k - 1 gradients of the others, so that all together cost k - 1 products
@@ -247,8 +247,8 @@ def split_curvature(
         >>> _ = nn.init.ones_(net.weight)                   # part losses x^2 w^2 / 2: g = H = x^2
         >>> x = torch.tensor([[1.0], [2.0], [3.0]])
         >>> found = split_curvature(net, lambda out, y: out.square().mean() / 2, x, None, 3)
-        >>> found.forms[0]                                  # H_0 = 1, between g_1 = 4 and g_2 = 9
-        tensor([[ 0.,  0.,  0.],
+        >>> found.forms[0]                         # H_0 = 1, from g_0 = 1, g_1 = 4, g_2 = 9 to g_1 and g_2
+        tensor([[ 0.,  4.,  9.],
                 [ 0., 16., 36.],
                 [ 0., 36., 81.]], dtype=torch.float64)
     """
@@ -264,7 +264,7 @@ def split_curvature(
             others = [i for i in range(parts) if i != j]
             vectors = [steps[i] for i in others]
             for i, product in zip(others, loss.products(*batch, vectors), strict=True):
-                forms[j, others, i] = _dots(vectors, product)
+                forms[j, :, i] = _dots(steps, product)
     return SplitCurvature(gram, forms, _sizes(slices), steps)
 
 

@@ -107,13 +107,15 @@ class RideAlong:
         self.came_again = False
         """Whether the gradient came in several backward passes that were not held; ``result`` finds out."""
         wanted = None if parameters is None else {id(p) for p in parameters}
-        self._names = {
-            id(p): name
+        trained = {
+            name: p
             for name, p in model.named_parameters()
             if p.requires_grad and (wanted is None or id(p) in wanted)
         }
+        self._names = {id(p): name for name, p in trained.items() if not p.is_complex()}
         self._without_gradients: set[nn.Module] = set()
-        self._skipped = dict.fromkeys(self._names.values(), "its module has no rule, or was not called")
+        self._skipped = dict.fromkeys(trained, "it is complex")
+        self._skipped |= dict.fromkeys(self._names.values(), "its module has no rule, or was not called")
         # the backward passes that came through each call of a module; a module that is left out has none
         self._calls: dict[nn.Module, list[set[int]]] = {}
         self._left_out: set[nn.Module] = set()

@@ -1,6 +1,7 @@
 """What the network was called with in a micro-batch: its own arguments, and what it returned.
 
-Hooks are on the modules that hold all trained parameters, one inside the other, until the micro-batch ends.
+Hooks are on the modules that hold all trained parameters, one inside the other, until the first call
+returns.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..autodiff.functional import detached_copy
+from ..autodiff.module_hooks import ModuleHooks, weakly
 from ..autodiff.untouched import in_own_pass
 
 
@@ -56,38 +58,45 @@ class CallCapture:
     arguments: list[Tensor] = field(default_factory=list)
     """Every tensor that one of the modules was called with, in all its calls."""
     _handles: list[Any] = field(default_factory=list)
+    _hooks: ModuleHooks | None = None
 
     def attach(self) -> None:
         """Look at the calls from now on."""
         self.detach()
-        for path, module in holders(self.model, self.parameters):
-            call = NetworkCall(path, (), {})
-            self._handles.append(module.register_forward_pre_hook(self._before(call), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._after(call)))
+        modules = holders(self.model, self.parameters)
+        self._hooks = ModuleHooks({module: path for path, module in modules}, weakly(self._returned))
+        self._hooks.attach()
+        for path, module in modules:
+            self._handles.append(module.register_forward_pre_hook(self._begins(path), with_kwargs=True))
 
     def detach(self) -> None:
         """Look no more."""
+        self._take_off()
+        if self._hooks is not None:
+            self._hooks.detach()
+
+    def _take_off(self) -> None:
+        """No hook is left on a module, where a copy of the model would carry it away."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _before(self, call: NetworkCall) -> Any:
+    def _begins(self, path: str) -> Any:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if in_own_pass():
-                return
-            self.arguments += [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            if not any(call is other for other in self.calls):
-                call.args, call.kwargs = detached_copy((args, kwargs))
-                self.calls.append(call)
+            if not in_own_pass() and all(call.path != path for call in self.calls):
+                self.calls.append(NetworkCall(path, *detached_copy((args, kwargs))))
 
         return look
 
-    def _after(self, call: NetworkCall) -> Any:
-        def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if call.output is None and not in_own_pass():
+    def _returned(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        self.arguments += [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        for call in self.calls:
+            if call.path == path and call.output is None:
                 call.output = output
-
-        return look
+        if self.calls and self.calls[0].path == path:
+            self._take_off()
 
 
 def holders(model: nn.Module, parameters: Collection[Tensor]) -> list[tuple[str, nn.Module]]:

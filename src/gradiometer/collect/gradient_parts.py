@@ -23,7 +23,7 @@ from ..autodiff.ride_along import RideAlong, refusal
 from ..errors import GradiometerError, SampleSkippedError, TooEarlyError, UnsupportedError
 from ..optimizers.adam import Preconditioner
 from ..optimizers.base import family_of
-from ..stats.linalg import accumulation_dtype, squared_norms
+from ..stats.linalg import accumulation_dtype, real_numbers, squared_norms
 from .base import Collector, Memory, MomentName, Step, Training, no_micro_batch
 from .parameter_hooks import Received, entries
 from .parts_and_whole import Accounts, Balance, foreign
@@ -137,7 +137,7 @@ class _Source(PartsCollector):
         if not self._mean:
             shares = sizes.double() / sizes.sum()
         covered = [self._trained[name] for name in names]
-        counts = self.step.sections.reduce(covered, torch.tensor([p.numel() for p in covered]))
+        counts = self.step.sections.reduce(covered, torch.tensor([real_numbers(p) for p in covered]))
         sq_norms, batch_sq_norm = sq_norms.where(finite, 0.0), batch_sq_norm.where(finite, 0.0)
         weights = finite.to(batch_sq_norm.dtype) * (1.0 if balance is None else balance.weight)
         plain, *preconditioned = [
@@ -149,7 +149,7 @@ class _Source(PartsCollector):
                 batch_sq_norm=batch_sq_norm[..., m],
                 weight=weights[m],
                 parameters=counts,
-                coverage=float(counts.sum()) / sum(p.numel() for p in self._trained.values()),
+                coverage=float(counts.sum()) / sum(map(real_numbers, self._trained.values())),
                 skipped=skipped or {},
                 processes=processes,
                 note="" if balance is None else balance.note,

@@ -17,7 +17,7 @@ from .guard import Guard
 from .instruments import Instruments
 from .probe import probe_state, same_probe, saved_probe
 from .ranks import Ranks
-from .saved import Misfits, fingerprint, opened, sealed
+from .saved import Misfits, fingerprint, opened, plain, sealed
 from .steering import Steering
 
 MODEL = "another model"
@@ -72,15 +72,20 @@ class Resumable(ABC):
             "run": sealed(run),
             "settings": sealed(self.settings.state_dict()),
             "probe": self._saved_probe(),
-            "control": None if control is None else self._sealed("the controllers' memory", control),
+            "control": None if control is None else self._plain("the controllers' memory", control),
             "memories": parts,
             "observables": observables,
         }
 
     def _sealed(self, name: str, part: Mapping[str, Any]) -> dict[str, Any] | None:
         """A part with things in it that are not ours; ``None`` where it cannot be saved, which is said."""
+        content = self._plain(name, part)
+        return None if content is None else sealed(content)
+
+    def _plain(self, name: str, part: Mapping[str, Any]) -> Any:
+        """A part without a seal; ``None`` where it cannot be saved, which is said."""
         try:
-            return sealed(part)
+            return plain(part)
         except InputError as error:
             self.guard.warn(f"the checkpoint is made without {name}: {error}", f"saving {name}")
             return None
@@ -177,11 +182,12 @@ class Resumable(ABC):
         self.steering.turned = bool(run and run["turned"])
         if saved is None:
             return
-        control = opened(saved)
-        if control is None:
+        before = self.steering.state_dict()
+        try:
+            self.steering.load_state_dict(saved)
+        except Exception:  # whatever may be in it
+            self.steering.load_state_dict(before)
             misfits.add("that part of the checkpoint is damaged", "controllers")
-        else:
-            self.steering.load_state_dict(control)
 
 
 def _rests_on(training: Training, dataset_size: int | None, replacement: bool | None) -> dict[str, str]:
@@ -201,7 +207,7 @@ def _rests_on(training: Training, dataset_size: int | None, replacement: bool | 
 
 def _fields(observable: Observable) -> frozenset[str]:
     """Snapshot fields that it needs at any step."""
-    return observable.required(recording=True) | observable.required(recording=False)
+    return observable.required(True) | observable.required(False) | observable.level_needs
 
 
 def _on_probe(observable: Observable, *, alone: bool = False) -> bool:

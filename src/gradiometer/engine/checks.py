@@ -185,7 +185,7 @@ def check_state(state: Any) -> None:
 
 def _check_needs(observable: Observable) -> None:
     """Refuse an observable that asks for a field nobody supplies."""
-    for name in sorted(observable.required(recording=True) | observable.optional):
+    for name in sorted(observable.required(True) | observable.level_needs | observable.optional):
         if present_name(name) not in Snapshot.__annotations__:
             raise InputError(
                 f"{type(observable).__name__} needs the field {name!r}, and nobody supplies it",

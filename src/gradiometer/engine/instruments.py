@@ -147,11 +147,10 @@ class Instruments:
             if error is not None and not self._ranks.together:
                 taking.error = None
                 self._settle(self._instruments[taking.name], taking, error, step.number, ready=step.ready)
-            if taking.sample is not None and not taking.failed:
-                try:
-                    self._instruments[taking.name].estimator.add(taking.sample, taking.weight)
-                except Exception as error:
-                    self.fail(step, taking, error)
+            try:
+                self._instruments[taking.name].add(taking)
+            except Exception as error:
+                self.fail(step, taking, error)
         recording = [taking for taking in step.takings if taking.recording]
         if not recording:
             return []
@@ -221,6 +220,8 @@ class Instruments:
     def fail(self, step: StepUnderWay, taking: Taking, error: Exception) -> None:
         """Contain an error; on several processes all settle it at their next record.
 
+        A thorough sample that fails before its record is tried again there, and fails for good there.
+
         Args:
             step: The step under way.
             taking: What was to be taken from it.
@@ -230,6 +231,8 @@ class Instruments:
             raise error
         if self._ranks.together:
             self._ranks.keep(taking, error)
+        elif taking.thorough and not taking.recording and not isinstance(error, SampleSkippedError):
+            taking.drop()
         else:
             self._settle(self._instruments[taking.name], taking, error, step.number, ready=step.ready)
 

@@ -43,6 +43,7 @@ class Measurement(Resumable):
         probe_size: Examples in a probe that is taken from the first batch.
         dataset_size: Examples in the training set, where it is known.
         replacement: Whether batches are drawn with replacement, where it is known.
+        fixed_order: Whether every epoch takes the same batches, where it is known.
         layers: Whether each layer is a section.
         prefix: First part of every key.
         budget: Largest share of the loop's time.
@@ -61,6 +62,7 @@ class Measurement(Resumable):
         probe_size: int,
         dataset_size: int | None,
         replacement: bool | None,
+        fixed_order: bool | None,
         layers: bool,
         prefix: str,
         budget: float | None,
@@ -80,6 +82,7 @@ class Measurement(Resumable):
         self.settings = Settings()
         self._probe_size, self._dataset_size, self._replacement = probe_size, dataset_size, replacement
         self._controllers, self._prefix, self._budget = tuple(controllers), prefix, budget
+        self._fixed_order = fixed_order
         self._updates = self._micro_batches_before = 0
         self._idle = StepUnderWay(0, self.division.sections)
 
@@ -166,7 +169,7 @@ class Measurement(Resumable):
             loss=self.calls.loss,
             axes=self.calls.axes,
             refusal=self.calls.refusal,
-            recording=any(taking.recording for taking in takings),
+            recording=any(taking.recording or taking.thorough for taking in takings),
             takings=takings,
         )
         step.collect(self.training, self.memories)
@@ -226,6 +229,8 @@ class Measurement(Resumable):
             fields["batch_size"] = _examples(step)
         if self._replacement is not None:
             fields["replacement"] = self._replacement
+        if self._fixed_order is not None:
+            fields["fixed_order"] = self._fixed_order
         if self.probe is not None:
             fields["probe"] = self.probe
         if self._dataset_size is not None:
@@ -348,7 +353,7 @@ class Measurement(Resumable):
                 measured += step.seconds_in_hooks()
                 step.share_costs()
                 for taking in step.takings:
-                    self.cost.spent(taking.name, step.number, taking.seconds)
+                    self.cost.spent(taking.name, step.number, taking.seconds, event=taking.sampling)
                 step.close()
         else:
             self._micro_batches_before = 0

@@ -62,6 +62,7 @@ class Monitor:
         dataset_size: Examples in the training set, for SGD's noise scale.
         replacement: Whether batches are drawn with replacement; unknown when ``None``. A loader that
             shuffles draws without.
+        fixed_order: Whether every epoch takes the same batches in the same order, which are then no draws.
         loss_fn: Maps the model's outputs and targets to the loss of a batch. Only what makes passes of its
             own needs it: a noise scale from a batch that is split, curvature. Many losses are read off their
             graph.
@@ -111,6 +112,7 @@ class Monitor:
         output: int | str | None = None,
         dataset_size: int | None = None,
         replacement: bool | None = None,
+        fixed_order: bool | None = None,
         loss_fn: LossFunction | None = None,
         layers: bool = False,
         prefix: str = "dynamics",
@@ -142,6 +144,7 @@ class Monitor:
             probe_size=probe_size,
             dataset_size=dataset_size,
             replacement=replacement,
+            fixed_order=fixed_order,
             layers=layers,
             prefix=prefix,
             budget=budget,

@@ -22,22 +22,25 @@ class Taking:
 
     Args:
         name: The observable's group.
-        recording: Whether it also records.
+        recording: Whether it records.
         needs: The snapshot fields it needs.
         ahead: Fields whose collectors run for the next step's sake.
+        sampling: Whether it takes a sample.
+        thorough: Whether this sample may cost more, as one of each record may.
     """
 
     name: str
     recording: bool
     needs: frozenset[str]
     ahead: frozenset[str] = frozenset()
+    sampling: bool = False
+    thorough: bool = False
     done: bool = False
     failed: bool = False
     error: Exception | None = None
     sample: Mapping[str, Tensor] | None = None
     weight: float | Tensor = 1.0
     levels: Mapping[str, Tensor] = field(default_factory=dict)
-    note: str = ""
     seconds: float = 0.0
 
     def again(self) -> None:

@@ -51,6 +51,7 @@ class GradientCosine(Observable):
     group: ClassVar[str] = "gradient_cosine"
     needs: ClassVar[frozenset[str]] = frozenset({"gradient", "previous_gradient"})
     default_estimator: ClassVar[type[Estimator]] = Window
+    of_batch: ClassVar[bool] = True
     restarts: ClassVar[frozenset[str]] = frozenset({"parameters"})
     quantities: ClassVar[Mapping[str, Quantity]] = {
         "cosine": Quantity(

@@ -1,10 +1,16 @@
-"""When to measure: ``step -> bool``, small frozen values that combine with ``|``."""
+"""When to measure: ``step -> bool``, small frozen values that combine with ``|``.
+
+Records fall where they are expected. Samples in between are drawn: at a fixed distance they would fall on the
+same places of every epoch, evaluation or period of the learning rate whose length shares a factor with it.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
 
 from ..errors import InputError, check_kind, check_list, check_number, shown
 
@@ -170,3 +176,61 @@ def as_schedule(schedule: Schedule | int) -> Schedule:
         got=shown(schedule),
         fix="Write schedule=every(50) or schedule=50.",
     )
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Some of every so many steps: one drawn from each of as many equal parts, all steps equally likely.
+
+    A draw depends on the step number alone, so that it is the same on all processes and after a resume.
+
+    Args:
+        steps: Length of a period; the first one is steps 1 to ``steps``, and step 0 stands alone.
+        count: Steps that are drawn from each period, at most ``steps``.
+
+    Example:
+        >>> [step for step in range(21) if Draws(10, 2).part(step) is not None]
+        [0, 3, 9, 15, 18]
+    """
+
+    steps: int
+    count: int = 1
+
+    def part(self, step: int, stretch: int = 1) -> int | None:
+        """The part of its period that a step is drawn for, ``None`` where it is not drawn.
+
+        Args:
+            step: The optimizer step.
+            stretch: Factor on the length of periods.
+        """
+        if step == 0:
+            return 0
+        period, place = divmod(step - 1, self.steps * stretch)
+        places, _ = _drawn(self.steps * stretch, self.count, period)
+        return places.index(place) if place in places else None
+
+    def chosen(self, step: int, stretch: int = 1) -> bool:
+        """Whether a step is the one that is chosen of those drawn in its period, each as likely.
+
+        Args:
+            step: The optimizer step.
+            stretch: Factor on the length of periods.
+        """
+        if step == 0:
+            return True
+        _, chosen = _drawn(self.steps * stretch, self.count, (step - 1) // (self.steps * stretch))
+        return self.part(step, stretch) == chosen
+
+
+@lru_cache(maxsize=256)
+def _drawn(steps: int, count: int, period: int) -> tuple[tuple[int, ...], int]:
+    """Places in a period, from 0, one of each part; and the part that is chosen."""
+
+    def uniform(part: int, below: int) -> int:
+        """A whole number at random."""
+        seed = blake2b(f"{steps} {count} {period} {part}".encode(), digest_size=8)
+        return int.from_bytes(seed.digest(), "big") * below >> 64
+
+    fine = 1 << 32  # parts need not hold a whole number of steps
+    places = tuple((part * fine + uniform(part, fine)) * steps // (count * fine) for part in range(count))
+    return places, uniform(count, count)
