@@ -425,9 +425,7 @@ def test_a_controller_that_has_become_another_one_begins_anew():
     monitor = steps(build([], controllers=[Keeper("x")]), 2)
     state = copy.deepcopy(monitor.state_dict())
     monitor.close()
-    control = {key: part for key, part in state["control"].items() if key != "seal"}
-    control["controllers"]["Keeper"]["memory"] = {"next": 3}
-    state["control"] = sealed(control)
+    state["control"]["controllers"]["Keeper"]["memory"] = {"next": 3}
     other = build([], controllers=[Keeper("x")])
     (message,) = said(lambda: other.load_state_dict(state))
     assert "Keeper cannot go on from the checkpoint, and begins anew: 'thing'" in message

@@ -17,7 +17,7 @@ from .guard import Guard
 from .instruments import Instruments
 from .probe import probe_state, same_probe, saved_probe
 from .ranks import Ranks
-from .saved import Misfits, fingerprint, opened, plain, sealed
+from .saved import Misfits, fingerprint, opened, sealed
 from .steering import Steering
 
 MODEL = "another model"
@@ -72,23 +72,27 @@ class Resumable(ABC):
             "run": sealed(run),
             "settings": sealed(self.settings.state_dict()),
             "probe": self._saved_probe(),
-            "control": None if control is None else self._plain("the controllers' memory", control),
+            "control": None if control is None else self._saved_control(control),
             "memories": parts,
             "observables": observables,
         }
 
     def _sealed(self, name: str, part: Mapping[str, Any]) -> dict[str, Any] | None:
         """A part with things in it that are not ours; ``None`` where it cannot be saved, which is said."""
-        content = self._plain(name, part)
-        return None if content is None else sealed(content)
-
-    def _plain(self, name: str, part: Mapping[str, Any]) -> Any:
-        """A part without a seal; ``None`` where it cannot be saved, which is said."""
         try:
-            return plain(part)
+            return sealed(part)
         except InputError as error:
             self.guard.warn(f"the checkpoint is made without {name}: {error}", f"saving {name}")
             return None
+
+    def _saved_control(self, control: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What controllers have done under a seal, and beside it their memories, which each one checks."""
+        name, controllers = "the controllers' memory", control["controllers"]
+        rest = self._sealed(name, {key: part for key, part in control.items() if key != "controllers"})
+        memories = self._sealed(name, controllers)
+        if rest is None or memories is None:
+            return None
+        return {**rest, "controllers": {key: memories[key] for key in controllers}}
 
     def _saved_probe(self) -> dict[str, Any] | None:
         """The probe, where something rests on it."""
@@ -182,10 +186,13 @@ class Resumable(ABC):
         self.steering.turned = bool(run and run["turned"])
         if saved is None:
             return
-        before = self.steering.state_dict()
+        before, mapping = self.steering.state_dict(), isinstance(saved, Mapping)
+        rest = opened({key: part for key, part in saved.items() if key != "controllers"}) if mapping else None
         try:
-            self.steering.load_state_dict(saved)
-        except Exception:  # whatever may be in it
+            if rest is None:
+                raise ValueError(saved)
+            self.steering.load_state_dict({**rest, "controllers": saved["controllers"]})
+        except Exception:  # whatever may be in the memories
             self.steering.load_state_dict(before)
             misfits.add("that part of the checkpoint is damaged", "controllers")
 
