@@ -44,8 +44,8 @@ class GradientCosine(Observable):
         Scalars, in total and per section of parameters.
 
     Example:
-        >>> GradientCosine(schedule=20).samples(10)
-        True
+        >>> [step for step in range(40) if GradientCosine(schedule=20).samples(step)]    # drawn, with a seed
+        [0, 5, 16, 22, 33]
     """
 
     group: ClassVar[str] = "gradient_cosine"

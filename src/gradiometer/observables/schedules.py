@@ -190,7 +190,7 @@ class Draws:
 
     Example:
         >>> [step for step in range(21) if Draws(10, 2).part(step) is not None]
-        [0, 3, 9, 15, 18]
+        [0, 5, 6, 15, 17]
     """
 
     steps: int
