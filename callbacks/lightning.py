@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gradiometer.adapters.session import IN_PROGRESS_BAR, Session
+from gradiometer.adapters.session import ARGUMENTS, IN_PROGRESS_BAR, Session
 from gradiometer.control import Controller
 from gradiometer.engine.monitor import Monitor
 from gradiometer.observables import Observable
@@ -34,18 +34,19 @@ class DynamicsMonitor(Callback):
     Args:
         observables: What to measure; the default set when left out.
         controllers: What acts on the readings, such as ``EquilibriumLR()``; what they need is measured, too.
-        model: Attribute of the LightningModule that holds the network, such as ``backbone``; the
-            module itself when left out. Its ``forward`` maps inputs to outputs ``[N, O]``.
+        model: Attribute of the LightningModule that holds the network, such as ``backbone``; found by its
+            calls when left out.
         input_key: Key of the inputs where batches are mappings.
         target_key: Key of the targets where batches are mappings.
-        output_key: Key of the logits where the network returns a mapping or an object.
-        forward: Maps the LightningModule and inputs to outputs ``[N, O]``, in place of ``model`` and
-            ``output_key``: ``lambda module, x: module(x).flatten(1)`` for images.
-        probe: Fixed batch for kernels and Jacobians, ``x`` or ``(x, y)``; by default the first ``probe_size``
-            examples of the first batch.
-        dataset_size: Examples in the training set; as many as the loader has when left out.
-        replacement: Whether batches are drawn with replacement; as the loader's sampler draws when left out.
-        loss_reduction: Whether the loss is a mean or a sum over the examples of a batch.
+        output: Which part of what the network returns holds its outputs: an index, a key or an attribute.
+        output_key: The same, as it was called before.
+        batch_dim: Dimension of the network's inputs that counts the examples; found by trying when left out.
+        forward: Maps the module and a whole batch to outputs ``[N, O]``, where calls cannot be noted.
+        probe: Fixed inputs for kernels and Jacobians, ``x`` or ``(x, y)``.
+        dataset_size: Examples in the training set; the loader's when left out.
+        replacement: Whether batches are drawn with replacement; as the loader's sampler says when left out.
+        loss_reduction: Whether the loss is a mean or a sum over the examples of a batch; read off its graph
+            when left out.
         loss_fn: Maps outputs and targets to the loss of a batch; only what makes passes of its own needs it.
         layers: Whether noise and fluctuation-dissipation are also read for every layer.
         probe_size: Number of examples of the first batch on which kernels and Jacobians are evaluated.
@@ -80,12 +81,14 @@ class DynamicsMonitor(Callback):
         model: str | None = None,
         input_key: str | None = None,
         target_key: str | None = None,
+        output: int | str | None = None,
         output_key: str | None = None,
+        batch_dim: int | None = None,
         forward: Callable[[Any, Any], torch.Tensor] | None = None,
         probe: Any = None,
         dataset_size: int | None = None,
         replacement: bool | None = None,
-        loss_reduction: Literal["mean", "sum"] = "mean",
+        loss_reduction: Literal["mean", "sum"] | None = None,
         loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
         layers: bool = False,
         probe_size: int = 32,
@@ -96,26 +99,9 @@ class DynamicsMonitor(Callback):
         layout: bool = False,
         print_table: bool = True,
     ) -> None:
-        self.session = Session(
-            model=model,
-            input_key=input_key,
-            target_key=target_key,
-            output_key=output_key,
-            forward=forward,
-            probe=probe,
-            dataset_size=dataset_size,
-            replacement=replacement,
-            vocabulary=LIGHTNING,
-            observables=observables,
-            controllers=controllers,
-            loss_reduction=loss_reduction,
-            loss_fn=loss_fn,
-            layers=layers,
-            probe_size=probe_size,
-            prefix=prefix,
-            on_error=on_error,
-            budget=budget,
-        )
+        arguments = dict(locals())
+        arguments["output"] = output_key if output is None else output
+        self.session = Session(vocabulary=LIGHTNING, **{name: arguments[name] for name in ARGUMENTS})
         self._prefix, self._layout, self._print_table = prefix, layout, print_table
         self._progress_bar = {f"{prefix}/{key}" for key in progress_bar}
 
@@ -127,7 +113,8 @@ class DynamicsMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the engine on the optimizer that trains."""
         check_accumulation(trainer, self.session)
-        logs = [LoggersRecorder(trainer.loggers, layout=self._layout, prefix=self._prefix)]
+        settings = {"layout": self._layout, "prefix": self._prefix, "step": trainer.global_step}
+        logs = LoggersRecorder.apart(trainer.loggers, **settings)
         loader, batches = trainer.train_dataloader, trainer.num_training_batches
         self.session.start(pl_module, trainer.optimizers, logs, loader, trainer.global_step, batches)
 

@@ -155,8 +155,8 @@ def test_observables_are_frozen_values_without_state(kind):
     assert observable.group
     assert set(observable.arrays) <= set(observable.quantities)
     known = {*COLLECTORS, *(f.name for f in dataclasses.fields(Snapshot))}
-    for recording in (False, True):
-        assert observable.required(recording) <= known
+    for thorough in (False, True):
+        assert observable.required(thorough) | observable.level_needs <= known
     with pytest.raises(dataclasses.FrozenInstanceError):
         observable.schedule = 3
     assert len({o.group for o in default_observables()}) == len(DEFAULT_OBSERVABLES)
@@ -346,4 +346,4 @@ def test_a_missing_field_is_named_with_the_call_that_supplies_it(kind):
             fields[field] = None
             named.add(field)
             assert re.search(NEEDS[field], str(caught.value))
-    assert named == observable.required(True)
+    assert named == observable.required(True) | observable.level_needs

@@ -19,7 +19,7 @@ from gradiometer import (
     per_example_grad_norms,
 )
 from gradiometer.adapters.batches import dataset_size_of
-from gradiometer.collect.call import split_batch
+from gradiometer.collect.batch import split_batch
 from gradiometer.errors import InputError, MeasurementWarning
 
 
@@ -285,9 +285,9 @@ def test_a_probe_of_ones_own_is_not_replaced_by_the_checkpoints():
     [
         ({"recorders": MemoryRecorder()}, "recorders must be a list of callables"),
         ({"forward": "x"}, "forward must be a callable"),
-        ({"dataset_size": -5}, "dataset_size must be a whole number of examples, at least 1, got -5"),
-        ({"probe_size": 3.5}, "probe_size must be at least 1, got 3.5"),
-        ({"budget": "0.05"}, "budget is a share between 0 and 1, got '0.05'"),
+        ({"dataset_size": -5}, "dataset_size must be a whole number at least 1, got -5"),
+        ({"probe_size": 3.5}, "probe_size must be a whole number at least 1, got 3.5"),
+        ({"budget": "0.05"}, "budget must be a number above 0 and below 1, got '0.05'"),
         ({"prefix": 3}, "prefix must be one word without a slash, got 3"),
     ],
 )

@@ -6,8 +6,12 @@ into one warning, reads ``nan`` and lets training go on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
+
+_SHOWN = 200
+"""Characters of a wrong value in a message."""
 
 
 class GradiometerError(Exception):
@@ -26,6 +30,129 @@ class GradiometerError(Exception):
 
 class InputError(GradiometerError, ValueError):
     """An argument cannot be used."""
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    integer: bool = False,
+    optional: bool = False,
+    example: str = "",
+) -> None:
+    """Refuse a setting that is no number, or out of its range.
+
+    Args:
+        name: The argument.
+        value: What was given for it.
+        least: The smallest that will do.
+        above: What it has to be above.
+        below: What it has to be below.
+        integer: Whether it has to be a whole number.
+        optional: Whether it may be ``None``.
+        example: What to write instead; to leave it out when empty.
+
+    Raises:
+        InputError: If it will not do.
+
+    Example:
+        >>> check_number("patience", 1.5, least=1, integer=True)
+        Traceback (most recent call last):
+        gradiometer.errors.InputError: patience must be a whole number at least 1, got 1.5. Leave patience= out, or write such a number.
+    """  # noqa: E501
+    if optional and value is None:
+        return
+    number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
+    if number and value >= least and above < value < below:  # type: ignore[operator]
+        return
+    limits = {"at least": least, "above": above, "below": below}
+    wants = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
+    kind = ("a whole number" if integer else "a number") + " " * bool(wants)
+    fix = f"Write {name}={example}." if example else f"Leave {name}= out, or write such a number."
+    raise InputError(f"{name} must be {kind}{wants}", got=shown(value), fix=fix)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what might be taken for the opposite.
+
+    Args:
+        name: The argument.
+        value: What was given for it.
+
+    Raises:
+        InputError: If it is neither ``True`` nor ``False``.
+    """
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be True or False", got=shown(value), fix=f"Write {name}=True.")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Refuse what is none of a few words.
+
+    Args:
+        name: The argument.
+        value: What was given for it.
+        choices: What it may be.
+
+    Raises:
+        InputError: With the choices.
+    """
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        *rest, last = [f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices]
+        raise InputError(f"unknown {name}", got=shown(value), fix=f"Write {', '.join(rest)} or {last}.")
+
+
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], example: str) -> None:
+    """Refuse what is not of a kind.
+
+    Args:
+        name: The argument.
+        value: What was given for it.
+        kind: What it must be an instance of.
+        example: What to write instead.
+
+    Raises:
+        InputError: With the example.
+
+    Example:
+        >>> check_kind("estimator", 1000, list, "Window(1000)")
+        Traceback (most recent call last):
+        gradiometer.errors.InputError: estimator must be a list, got 1000. Write estimator=Window(1000).
+    """
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = " or ".join("None" if k is type(None) else f"a {k.__name__}" for k in kinds)
+        forgotten = " (the parentheses are missing)" if isinstance(value, type) else ""
+        fix = f"Write {name}={example}."
+        raise InputError(f"{name} must be {names}", got=shown(value) + forgotten, fix=fix)
+
+
+def shown(value: object) -> str:
+    """A wrong value for a message, cut short.
+
+    Args:
+        value: Anything.
+    """
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def printable(text: str) -> str:
+    r"""A text of someone else's with every character escaped that does something to a terminal.
+
+    Args:
+        text: Any text: a name, a message.
+
+    Example:
+        >>> printable("\x1b[2Jhead")
+        '\\x1b[2Jhead'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def check_list(name: str, values: object, of: str, fits: Callable[[Any], bool], example: str) -> None:
@@ -48,10 +175,10 @@ def check_list(name: str, values: object, of: str, fits: Callable[[Any], bool], 
     """
     fix = f"Write {name}=[{example}]."
     if not isinstance(values, Sequence):
-        raise InputError(f"{name} must be a list of {of}", got=repr(values), fix=fix)
+        raise InputError(f"{name} must be a list of {of}", got=shown(values), fix=fix)
     for value in values:
         if not fits(value):
-            raise InputError(f"{name} must be {of}", got=repr(value), fix=fix)
+            raise InputError(f"{name} must be {of}", got=shown(value), fix=fix)
 
 
 class MissingFieldError(GradiometerError, LookupError):

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from gradiometer import MemoryRecorder, Monitor, NoiseCurvature, Observable, SecondFluctuationDissipation
 from gradiometer.collect.base import Step, Training
+from gradiometer.collect.own_batch import OwnBatch
 from gradiometer.collect.registry import COLLECTORS
 from gradiometer.collect.sections import Sections
 from gradiometer.errors import MeasurementWarning, SampleSkippedError, UnsupportedError
@@ -196,11 +197,15 @@ def test_the_share_of_the_noise_in_unequal_micro_batches_and_on_several_processe
     assert collector._noise_share() == pytest.approx((1 / 2 + 1 / 6) / 4)
     monkeypatch.setattr("gradiometer.parallel.world_size", lambda: 3)
     assert collector._noise_share() == pytest.approx((1 / 2 + 1 / 6) / 12)
-    collector = COLLECTORS["curvature"](Training(model, optimizer, "sum"), step, {})
+    step.reduction = "sum"
     assert collector._noise_share() == pytest.approx(1 / 24)
 
 
 # -- what is refused -------------------------------------------------------------------------------
+
+
+def own(batch, loss_fn):
+    return None if loss_fn is None else OwnBatch(*batch, loss_fn)
 
 
 def collected(name, *, model=None, optimizer=None, loss_fn=F.cross_entropy, size=7, backward=True):
@@ -210,7 +215,7 @@ def collected(name, *, model=None, optimizer=None, loss_fn=F.cross_entropy, size
     ((batch,),) = batches(1, size=size)
     if backward:
         F.cross_entropy(model(batch[0]), batch[1]).backward()
-    step = Step(0, Sections(model, optimizer, ["0"]), sizes=[size], recording=True, batch=batch)
+    step = Step(0, Sections(model, optimizer, ["0"]), sizes=[size], recording=True, batch=own(batch, loss_fn))
     collector = COLLECTORS[name](Training(model, optimizer, loss_fn=loss_fn), step, {})
     collector.before_step()
     return collector.result()
@@ -242,7 +247,7 @@ def test_between_records_what_is_not_finite_does_not_count():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ((batch,),) = batches(1)
     F.cross_entropy(model(batch[0]), batch[1]).backward()
-    step = Step(0, Sections(model, optimizer, ["0"]), sizes=[7], batch=batch)
+    step = Step(0, Sections(model, optimizer, ["0"]), sizes=[7], batch=own(batch, F.cross_entropy))
     collector = COLLECTORS["curvature"](Training(model, optimizer, loss_fn=F.cross_entropy), step, {})
     collector.before_step()
     found = collector.result()
@@ -348,9 +353,10 @@ def test_a_monitor_without_the_loss_warns_once_and_training_goes_on():
     with pytest.warns(MeasurementWarning, match="Pass loss_fn=") as caught:
         for ((x, y),) in batches(3):
             with monitor.micro_batch(x, y):
-                F.cross_entropy(model(x), y).backward()
+                F.cross_entropy(model(x), y).exp().log().backward()
             monitor.before_step()
             optimizer.step()
+            optimizer.zero_grad()
     assert len(caught) == 1
     assert memory.series("dynamics/noise_curvature/scale") != []
     monitor.close()

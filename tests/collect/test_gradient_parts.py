@@ -41,6 +41,11 @@ def entropy(model, x):
     return F.cross_entropy(model(x), (x.sum(1) > 0).long())
 
 
+def unknown(model, x):
+    """The same loss in a form that its graph does not tell."""
+    return entropy(model, x).exp().log()
+
+
 def by_formula(means, sizes, weights=None):
     """Trace and squared gradient from part means, with nothing of the library."""
     means, b = means.double(), torch.as_tensor(sizes).double()
@@ -324,7 +329,7 @@ def test_without_the_loss_few_seen_parameters_are_better_than_none():
 
 def test_without_the_loss_batch_norm_is_refused():
     with pytest.raises(UnsupportedError, match=r"'1' \(BatchNorm1d\) is in train mode and couples"):
-        Loop(network(nn.BatchNorm1d(6))).step([draws(8, P)])
+        Loop(network(nn.BatchNorm1d(6))).step([draws(8, P)], unknown)
 
 
 def test_a_batch_of_few_examples_makes_few_pieces():
@@ -346,7 +351,8 @@ def test_a_batch_of_one_example_is_no_sample(source):
 def test_norm_layers_and_their_calibration():
     model = network(nn.LayerNorm(6))
     norms = [id(p) for p in model[1].parameters()]
-    loop = Loop(model, noise(source="norm layers", schedule=3, sampling=1))
+    observable = noise(source="norm layers", schedule=3, sampling=1)
+    loop = Loop(model, observable)
     moments = {"all": [], "norm": [], "cheap": []}
     for step in range(4):
         x = draws(8, P, seed=step)
@@ -354,9 +360,10 @@ def test_norm_layers_and_their_calibration():
         rows = torch.stack([gradient(model, entropy, one) for one in x.split(1)])
         own = torch.cat([torch.full((p.numel(),), id(p) in norms) for p in model.parameters()])
         moments["cheap"].append(by_formula(rows[:, own], [1] * 8))
-        if step % 3 == 0:
+        if observable.draws.chosen(step):
             moments["all"].append(by_formula(rows, [1] * 8))
             moments["norm"].append(moments["cheap"][-1])
+    assert len(moments["all"]) == 2  # at the first step, and at one of the three before the second record
     scales = {name: sum(t for t, _ in each) / sum(s for _, s in each) for name, each in moments.items()}
     factor = scales["all"] / scales["norm"]
     assert loop.value("norm_layer_factor") == pytest.approx(factor, rel=1e-9)
@@ -367,15 +374,18 @@ def test_norm_layers_and_their_calibration():
 
 
 def test_under_norm_layers_the_batch_gradient_is_still_that_of_all():
-    """At the records, where the others are measured too."""
+    """At the samples for which the others are measured too."""
     model = network(nn.LayerNorm(6))
-    loop = Loop(model, noise(source="norm layers", schedule=2, sampling=1))
+    observable = noise(source="norm layers", schedule=2, sampling=1)
+    loop = Loop(model, observable)
     squares = []
     for step in range(3):
         x = draws(8, P, seed=step)
-        squares.append(gradient(model, entropy, x).square().sum().item())
+        if observable.draws.chosen(step):
+            squares.append(gradient(model, entropy, x).square().sum().item())
         loop.step([x])
-    assert loop.value("batch_grad_sq_norm") == pytest.approx((squares[0] + squares[2]) / 2, rel=1e-9)
+    assert len(squares) == 2
+    assert loop.value("batch_grad_sq_norm") == pytest.approx(sum(squares) / 2, rel=1e-9)
 
 
 def test_a_check_that_cannot_be_compared_takes_nothing_from_the_calibration():
@@ -403,7 +413,9 @@ def test_batches_per_epoch_are_those_of_the_usual_batch():
     loop = Loop(model, optimizer=optimizer, dataset_size=38, replacement=False)
     for size in (10, 10, 10, 8):
         loop.step([draws(size, P)])
-    assert loop.reading("temperature").note.endswith("drawn without replacement; 4 batches per epoch")
+    note = loop.reading("temperature").note
+    assert "batches are drawn without replacement; of the training set of 38 examples" in note
+    assert note.endswith("; 4 batches per epoch")
 
 
 def test_the_temperature_is_per_parameter_of_all():
@@ -806,11 +818,11 @@ def test_an_extra_that_cannot_be_had_is_left_out_alone(settings, names, message)
     plain, wanting = Loop(network()), Loop(network(), noise(**settings), on_error="warn")
     with pytest.warns(MeasurementWarning, match=message) as caught:
         for step in range(3):
-            wanting.step([draws(8, P, seed=step)])
+            wanting.step([draws(8, P, seed=step)], unknown)
     assert len(caught) == 1
     assert "What rests on it is left out; the rest is read." in str(caught[0].message)
     for step in range(3):
-        plain.step([draws(8, P, seed=step)])
+        plain.step([draws(8, P, seed=step)], unknown)
     for name in ("trace", "grad_sq_norm", "batch_grad_sq_norm"):
         assert wanting.value(name) == plain.value(name)
     for name in names:
@@ -821,7 +833,7 @@ def test_an_extra_that_cannot_be_had_is_left_out_alone(settings, names, message)
 def test_where_the_scale_itself_fails_only_what_was_asked_for_is_unknown():
     loop = Loop(network(nn.BatchNorm1d(6)), noise(cross_check="per example"), on_error="warn")
     with pytest.warns(MeasurementWarning, match="couples the examples") as caught:
-        loop.step([draws(8, P)])
+        loop.step([draws(8, P)], unknown)
     assert len(caught) == 1
     found = {key.rpartition("/")[2] for key in loop.memory.latest() if "/noise/" in key}
     absent = {name for name in GradientNoiseScale.quantities if name.startswith("preconditioned")}

@@ -258,15 +258,34 @@ def test_closing_puts_the_rates_back_and_takes_the_hooks_off():
     assert plain.accumulation is None
 
 
-def test_a_recorder_that_fails_on_decisions_is_left_out():
+def test_a_recorder_that_fails_on_decisions_still_gets_the_records():
     class Picky(MemoryRecorder):
         def record_decisions(self, decisions):
             raise OSError("disk full")
 
-    monitor = Monitor(*network(), [], controllers=[EverySecond()], recorders=[Picky()])
-    with pytest.warns(MeasurementWarning, match="Picky failed and is left out: disk full"):
+    picky = Picky()
+    monitor = Monitor(*network(), [], controllers=[EverySecond()], recorders=[picky])
+    with pytest.warns(MeasurementWarning, match="Picky failed: OSError: disk full"):
         train(monitor)
     assert len(monitor.decisions) == 4
+    assert [step for step, _ in picky.records] == list(range(6))
+
+
+def test_decisions_are_recorded_again_after_a_passing_error():
+    class Passing(MemoryRecorder):
+        failed = False
+
+        def record_decisions(self, decisions):
+            if not self.failed:
+                self.failed = True
+                raise OSError("disk full")
+            super().record_decisions(decisions)
+
+    passing = Passing()
+    monitor = Monitor(*network(), [], controllers=[EverySecond()], recorders=[passing])
+    with pytest.warns(MeasurementWarning, match="Passing failed: OSError: disk full"):
+        train(monitor)
+    assert list(passing.decisions) == list(monitor.decisions)[1:]
 
 
 def test_a_recorder_that_knows_no_decisions_is_served_as_before():
@@ -443,8 +462,13 @@ def test_factors_of_groups_that_are_gone_are_named():
     Monitor(net, other, [], controllers=[EverySecond(group="1")]).load_state_dict(first.state_dict())
     alone = torch.optim.SGD(net.parameters(), lr=0.1)
     monitor = Monitor(net, alone, [], controllers=[EverySecond(group="1")])
-    with pytest.warns(
-        MeasurementWarning, match=r"parameter groups \['1'\], which this optimizer does not have"
+    with (
+        pytest.warns(
+            MeasurementWarning, match=r"parameter groups \['1'\], which this optimizer does not have"
+        ),
+        pytest.warns(
+            MeasurementWarning, match=r"anew: clock \(the checkpoint is of other parameter groups\)"
+        ),
     ):
         monitor.load_state_dict(first.state_dict())
 

@@ -189,10 +189,10 @@ def test_a_sampler_without_a_length_has_batches_without_a_length():
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, None, "32"])
 def test_sizes_that_are_refused(size):
-    with pytest.raises(InputError, match=r"at least 1, got .* Write sampler.batch_size = 64"):
+    with pytest.raises(InputError, match=r"at least 1, got .* Write batch_size=64"):
         growing(size)
     sampler = growing(10)
-    with pytest.raises(InputError, match="whole number of examples"):
+    with pytest.raises(InputError, match="whole number at least 1"):
         sampler.batch_size = size
     assert sampler.batch_size == 10
 

@@ -20,19 +20,21 @@ from gradiometer import (
     MemoryRecorder,
     Monitor,
     NeuralTangentKernel,
-    parallel,
 )
+from gradiometer.collect.snapshot import Probe
+from gradiometer.engine.ranks import _sent
+from gradiometer.parallel import ApartError
 from gradiometer.record import read_json_lines
 
 WORKER = Path(__file__).parent / "parallel_worker.py"
 
 
-def test_one_process_agrees_with_itself():
-    numbers = [torch.ones(2), torch.zeros(())]
-    assert parallel.world_size() == 1
-    assert parallel.mean(numbers, torch.device("cpu")) is numbers
-    assert parallel.largest([1, 0], torch.device("cpu")) == [1, 0]
-    assert parallel.broadcast(numbers) is numbers
+def test_a_batch_that_cannot_be_sent_is_a_reason_to_stay_apart():
+    for stowaway in (lambda: 0, (number for number in range(3))):
+        with pytest.raises(ApartError, match="first batch cannot be sent to other processes"):
+            _sent(["plan", "plan"], Probe({"x": torch.ones(2, 3), "note": stowaway}))
+    with pytest.raises(ApartError, match="process 2 has others than process 0"):
+        _sent(["plan", "plan", "another"], Probe(torch.ones(2, 3)))
 
 
 def run(kind, folder):

@@ -388,12 +388,16 @@ def test_without_its_extras_the_scale_stands():
 
 def test_note_names_source_reduction_coverage_and_what_is_missing():
     snapshot = parts_snapshot(torch.ones(2, P), [1, 1])
-    assert GradientNoiseScale().note(snapshot) == "per example, loss_reduction=mean, over 100 % of parameters"
+    assert GradientNoiseScale().note(snapshot) == (
+        "per example, loss_reduction=mean, over 100 % of parameters; "
+        "of the distribution the examples are drawn from"
+    )
     parts = dataclasses.replace(
         snapshot.gradient_parts, source="micro-batches", coverage=0.5, skipped={"a.weight": "x"}
     )
     note = GradientNoiseScale().note(snapshot.replace(gradient_parts=parts, loss_reduction="sum"))
-    assert note == "micro-batches, loss_reduction=sum, over 50 % of parameters; skipped: a.weight"
+    text = "micro-batches, loss_reduction=sum, over 50 % of parameters; skipped: a.weight"
+    assert note == f"{text}; of the distribution the examples are drawn from"
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])

@@ -430,7 +430,7 @@ def test_impossible_numbers_of_singular_values_are_refused(k):
 
 
 def test_the_observable_refuses_no_projection():
-    with pytest.raises(InputError, match="num_projections must be at least 1, got 0"):
+    with pytest.raises(InputError, match="num_projections must be a whole number at least 1, got 0"):
         JacobianNorm(num_projections=0)
 
 

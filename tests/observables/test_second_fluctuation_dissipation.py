@@ -450,7 +450,7 @@ def test_entries_with_a_hessian_of_the_same_part_are_not_used():
     gram, forms = part_products(3, BATCH)
     spoilt = forms.clone()
     for j in range(4):
-        spoilt[:, j, j] = spoilt[:, j, :, j] = torch.nan
+        spoilt[:, j, j] = spoilt[:, j, :, j] = torch.nan  # independent draws need neither of them
     expected = noise_curvature(gram, forms, torch.tensor(BATCH))
     found = noise_curvature(gram, spoilt, torch.tensor(BATCH))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -597,7 +597,7 @@ def test_both_sides_agree_at_the_stationary_state_of_a_live_run(name, accumulati
     assert found["fdr2/ratio"].stderr < 0.03
     stiffness = ((H + options.get("weight_decay", 0.0)) * C).sum() / C.sum()
     agree(found["fdr2/curvature"], stiffness.item(), 0.01)
-    assert found["fdr2/ratio"].note == "batches drawn with replacement"
+    assert found["fdr2/ratio"].note == "batches drawn with replacement; of the training set"
 
 
 @pytest.mark.slow
@@ -660,16 +660,19 @@ def test_groups_with_rates_of_their_own_add_up():
     assert "dynamics/fdr2/shuffling" not in latest  # which rate would it be
 
 
-@pytest.mark.slow
 def test_shuffled_epochs_break_the_relation_and_are_refused():
     data = 6**0.5 * torch.randn(60, 4 * 200, generator=seeded(7), dtype=torch.float64)
     data -= data.mean(0)
     arguments = {"copies": 200, "data": data, "dataset_size": 60}
     options = {"lr": 0.02}
-    found = bowl_run(options, [second(allow_shuffled=True)], steps=300, replacement=False, **arguments)
+    found = bowl_run(options, [second(allow_shuffled=True)], steps=60, replacement=False, **arguments)
     ratio, curvature = found["fdr2/ratio"], found["fdr2/curvature"].value
-    assert ratio.value < 0.7
+    for name in ("left", "ratio"):  # parts of a batch would say 1.6 +- 0.3, and the loss has stopped falling
+        assert math.isnan(found[f"fdr2/{name}"].value)
+        assert not found[f"fdr2/{name}"].resolved
+        assert "not measured: the weights know the batches of this epoch so far" in found[f"fdr2/{name}"].note
     assert "without replacement: soft directions are colder" in ratio.note
+    assert "of the training set of 60 examples" in ratio.note
     assert f"M = 10 steps per epoch, eta h_eff M / (1 - mu) = {0.2 * curvature:.3g}" in ratio.note
     expected = shuffling_factor(options["lr"] * curvature, 10)
     assert found["fdr2/shuffling"].value == pytest.approx(expected, rel=1e-9)
@@ -807,7 +810,9 @@ def test_noise_as_the_curvature_sees_it_in_a_linear_regression(reduction):
     agree(found["curvature"], (exact["noise_curvature"] / exact["trace"]).item(), 0.05)
     cost = exact["gradient_curvature"] + exact["noise_curvature"] / 12
     agree(found["best_lr"], (exact["grad_sq_norm"] / cost).item(), 0.1)
-    assert found["scale"].note == f"3 parts of 2 or more examples, loss_reduction={reduction}"
+    assert found["scale"].note == f"3 parts of 2 or more examples, loss_reduction={reduction}; " + (
+        "of the distribution the examples are drawn from"
+    )
 
 
 def test_a_noise_scale_without_a_signal_is_not_resolved():

@@ -381,7 +381,7 @@ REFUSED = {
     "differentiable=True": lambda p: Adam([p], differentiable=True),
     "where fused SGD puts the sign of maximize=True": lambda p: SGD([p], 0.1, maximize=True, fused=True),
     "OwnParameter may have arithmetic of its own": lambda p: SGD([OwnParameter(p.detach())], lr=0.1),
-    "rounding of torch.complex64 weights": lambda p: SGD([nn.Parameter(p.detach() + 0j)], lr=0.1),
+    "complex weights": lambda p: SGD([nn.Parameter(p.detach() + 0j)], lr=0.1),
 }
 
 

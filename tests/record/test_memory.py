@@ -28,5 +28,5 @@ def test_it_keeps_its_own_list():
 
 
 def test_an_empty_memory_is_refused():
-    with pytest.raises(InputError, match="max_records must be at least 1, got 0"):
+    with pytest.raises(InputError, match=r"max_records must be a whole number at least 1 .*, got 0"):
         MemoryRecorder(max_records=0)

@@ -1,14 +1,25 @@
 """Sentences and the closing table say no more than the readings do."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gradiometer import FluctuationDissipation, GradientNoiseScale, Monitor, Reading
+from gradiometer import (
+    FluctuationDissipation,
+    GradientNoiseScale,
+    JacobianNorm,
+    MemoryRecorder,
+    Monitor,
+    NeuralTangentKernel,
+    Reading,
+)
 from gradiometer.engine.cost import COST_QUANTITIES
+from gradiometer.engine.guard import Guard
+from gradiometer.errors import MeasurementWarning
 from gradiometer.observables import OBSERVABLES
 from gradiometer.record.table import sentence, table
 
@@ -217,3 +228,162 @@ def test_a_kernel_that_only_grows_is_not_called_close_to_its_first_value():
 def test_the_cost_of_measuring(share, size):
     fraction = Reading("d/cost/fraction", share, quantity=COST_QUANTITIES["fraction"])
     assert said(fraction).startswith(f"measuring is a {size} share of the loop")
+
+
+# -- names of someone else -------------------------------------------------------------------------
+
+NAMES = {
+    "escape": ("\x1b[2J\x07head", "\\x1b[2J\\x07head"),
+    "line break": ("a\r\nb", "a\\r\\nb"),
+    "surrogate": ("\ud800head", "\\ud800head"),
+    "right to left": ("head\u202e", "head\\u202e"),
+    "slash": ("head/bias", "head.bias"),
+    "empty": ("", "0"),
+    "blank": (" \t", "\\t"),
+    "number": (3, "3"),
+}
+
+
+def two_groups(*names, layers=False, steps=3):
+    """A monitor after a few steps on two groups of these names."""
+    net = nn.Linear(3, 2)
+    groups = [{"params": [p], "name": name} for p, name in zip(net.parameters(), names, strict=True)]
+    sgd, memory = torch.optim.SGD(groups, lr=0.1), MemoryRecorder()
+    observables = [FluctuationDissipation(schedule=1, sampling=1)]
+    monitor = Monitor(net, sgd, observables, recorders=[memory], layers=layers, on_error="raise")
+    for _ in range(steps):
+        net(torch.randn(4, 3)).square().sum().backward()
+        monitor.before_step()
+        sgd.step()
+    return monitor
+
+
+@pytest.mark.parametrize(("name", "shown"), NAMES.values(), ids=NAMES)
+def test_names_are_shown_as_text_and_are_parts_of_keys(name, shown):
+    monitor = two_groups(name, "other")
+    assert f"dynamics/fdr/right/{shown}" in monitor.latest
+    assert all(line.isprintable() for line in monitor.table().splitlines())
+    assert f"  right/{shown} " in monitor.table()
+
+
+@pytest.mark.parametrize("names", [("a", "a"), ("", ""), ("a\n", "a\\n"), ("1", ""), ("a/b", "a.b")])
+def test_groups_of_one_name_have_readings_of_their_own(names):
+    monitor = two_groups(*names)
+    assert len([key for key in monitor.latest if key.startswith("dynamics/fdr/right/")]) == 2
+
+
+def test_a_layer_of_any_name_is_shown_as_text():
+    net = nn.Sequential()
+    net.add_module("in\x1b[2J", nn.Linear(3, 3))
+    net.add_module("out/put", nn.Linear(3, 2))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    monitor = Monitor(net, sgd, [FluctuationDissipation(schedule=1, sampling=1)], layers=True)
+    for _ in range(3):
+        net(torch.randn(4, 3)).square().sum().backward()
+        monitor.before_step()
+        sgd.step()
+    assert {"dynamics/fdr/right/layer.in\\x1b[2J", "dynamics/fdr/right/layer.out.put"} <= set(monitor.latest)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "word " * 60, "\x07" * 100], ids=["long", "words", "bells"])
+def test_a_long_name_is_cut_and_the_lines_stay_short(name):
+    monitor = two_groups(name, "other")
+    lines = monitor.table().splitlines()
+    assert max(map(len, lines)) <= 200
+    assert any(line.startswith("  right/") and "..." in line[:82] for line in lines)
+
+
+def test_whatever_a_reading_says_cannot_reach_the_terminal():
+    sly = Reading(
+        "d/own/size", 1.0, unit="\x1b[31m" + "u" * 300, sentence="\x9b2J Big.", note="\x1b]0;title\x07"
+    )
+    text = table({sly.key: sly}, {"own": "\x1b[2J"}, ["\x1b[2J" + "d" * 300])
+    assert all(line.isprintable() and len(line) <= 200 for line in text.splitlines())
+    assert "\\x9b2J Big." in text
+
+
+def test_a_warning_shows_what_it_quotes_as_text():
+    with pytest.warns(MeasurementWarning) as caught:
+        Guard("warn").warn("cannot read\n\x1b[2J\ud800")
+    assert str(caught[0].message) == "cannot read\n\\x1b[2J\\ud800"
+
+
+# -- the last record could not be read -------------------------------------------------------------
+
+
+def ended(observables, spoil, steps=12, **settings):
+    """The closing table of a run that was spoilt half-way."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.01)
+    monitor = Monitor(net, sgd, observables, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(steps):
+            x, y = torch.randn(8, 4), torch.randint(3, (8,))
+            if step >= steps // 2:
+                spoil(step, net, sgd)
+            with monitor.micro_batch(x, y):
+                loss = F.cross_entropy(net(x), y)
+                if loss.requires_grad:
+                    loss.backward()
+            monitor.before_step()
+            sgd.step()
+            sgd.zero_grad()
+        monitor.close()
+    return monitor.table()
+
+
+def freeze(step, net, sgd):
+    net.requires_grad_(False)
+
+
+def spoil_weights(step, net, sgd):
+    with torch.no_grad():
+        net[0].weight.fill_(math.nan)
+
+
+def jump(step, net, sgd):
+    sgd.param_groups[0]["lr"] *= 0.5
+
+
+def vanish(step, net, sgd):
+    sgd.param_groups[0]["lr"] = 0.0 if step % 2 else 1e-9
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (freeze, "Sequential has no trainable parameter."),
+        (spoil_weights, "it is not a finite number."),
+        (jump, "its window began anew, because the optimizer's settings"),
+        (vanish, "its window began anew, because the optimizer's settings"),
+    ],
+)
+def test_every_group_keeps_its_last_reading_and_says_when_it_was_and_why(spoil, why):
+    observables = [
+        FluctuationDissipation(schedule=1, sampling=1),
+        GradientNoiseScale(schedule=1),
+        NeuralTangentKernel(schedule=1),
+        JacobianNorm(schedule=1),
+    ]
+    text = ended(observables, spoil)
+    (ratio,) = [line for line in text.splitlines() if line.startswith("  ratio ")]
+    assert f"last read at step {9 if spoil is freeze else 5}." in ratio
+    assert f"not read lately: {why}" in " ".join(text.split())
+    for name in ("ratio", "scale", "drift", "frobenius_norm"):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  {name} ")]
+        assert "not measured" not in line
+
+
+def test_what_is_read_again_is_no_longer_called_old():
+    text = ended([GradientNoiseScale(schedule=1)], lambda step, net, sgd: sgd.zero_grad())
+    assert "last read" not in text
+    assert "not read lately" not in text
+
+
+def test_what_was_never_read_is_not_measured():
+    never = reading("noise/sgd_scale", math.nan)
+    text = table({never.key: never}, {}, past={}, reasons={"noise": "no size."})
+    assert "not measured" in text
+    assert "last read" not in text

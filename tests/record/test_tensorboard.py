@@ -1,14 +1,18 @@
 import io
+import itertools
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.summary.writer import event_file_writer
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -25,6 +29,7 @@ from gradiometer.engine.words import expected_words
 from gradiometer.errors import InputError
 from gradiometer.observables import OBSERVABLES, default_observables
 from gradiometer.record.loggers import LoggersRecorder
+from gradiometer.record.readings import Decision
 from gradiometer.record.tensorboard import custom_scalars_layout
 
 
@@ -226,3 +231,80 @@ def test_without_tensorboard_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match=r"pip install 'gradiometer\[tensorboard\]'"):
         TensorBoardRecorder(tmp_path)
+
+
+# -- resumed ---------------------------------------------------------------------------------------
+
+
+def steps_of(folder, kind="Scalars", tag="dynamics/ntk/drift"):
+    events = EventAccumulator(
+        str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+    )
+    return [event.step for event in getattr(events.Reload(), kind)(tag)]
+
+
+@pytest.fixture(autouse=True)
+def seconds(monkeypatch):
+    """Event files are named by the second, and read in that order."""
+    clock = itertools.count(1_700_000_000)
+    monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: float(next(clock))))
+
+
+def write(folder, steps, value=0.5):
+    recorder = TensorBoardRecorder(folder)
+    for step in steps:
+        kernel, spectrum = np.full((2, 2), value), np.full(3, value)
+        made = Decision(step, "EquilibriumLR", "learning_rate", "rule", {}, before=0.1, factor=0.1)
+        recorder.record_decisions([made])
+        recorder(
+            step,
+            [
+                Reading("dynamics/ntk/drift", value),
+                Reading("dynamics/ntk/kernel", kernel),
+                Reading("dynamics/ntk/spectrum", spectrum),
+            ],
+        )
+    recorder.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "tag"),
+    [
+        ("Scalars", "dynamics/ntk/drift"),
+        ("Images", "dynamics/ntk/kernel"),
+        ("Histograms", "dynamics/ntk/spectrum"),
+    ],
+)
+def test_steps_made_again_after_a_crash_stand_there_once(tmp_path, kind, tag):
+    write(tmp_path, range(15))
+    write(tmp_path, range(10, 20))
+    assert steps_of(tmp_path, kind, tag) == list(range(20))
+
+
+def test_decisions_made_again_stand_there_once_as_tensorboard_reads_them(tmp_path):
+    write(tmp_path, range(15))
+    write(tmp_path, range(10, 20))
+    events = plugin_event_accumulator.EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
+    tag = "dynamics/control/EquilibriumLR/changes/text_summary"
+    assert [event.step for event in events.Reload().Tensors(tag)] == list(range(20))
+
+
+def test_a_run_resumed_twice_further_back_is_one_line(tmp_path):
+    write(tmp_path, range(15))
+    write(tmp_path, range(10, 13))
+    write(tmp_path, range(5, 20))
+    assert steps_of(tmp_path) == list(range(20))
+
+
+def test_the_losses_of_the_script_stay_where_a_run_begins(tmp_path):
+    with SummaryWriter(str(tmp_path)) as losses:
+        for step in range(5):
+            losses.add_scalar("loss", 1.0, step)
+    write(tmp_path, range(5))
+    assert steps_of(tmp_path, tag="loss") == steps_of(tmp_path) == list(range(5))
+
+
+def test_a_recorder_that_is_never_written_to_can_be_closed(tmp_path):
+    write(tmp_path, range(3))
+    TensorBoardRecorder(tmp_path).close()
+    assert steps_of(tmp_path) == [0, 1, 2]

@@ -381,13 +381,13 @@ def test_reference_needs_a_record():
 
 
 def test_window_refuses_a_length_below_one():
-    with pytest.raises(InputError, match=r"Window\(steps\) must be at least 1, got 0"):
+    with pytest.raises(InputError, match=r"steps must be a whole number at least 1, got 0"):
         Window(0)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, 2])
 def test_ema_refuses_a_decay_outside_its_range(decay):
-    with pytest.raises(InputError, match=r"Ema\(decay\) must lie between 0 and 1, got"):
+    with pytest.raises(InputError, match=r"decay must be a number above 0 and below 1, got"):
         Ema(decay)
 
 

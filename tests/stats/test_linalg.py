@@ -4,8 +4,10 @@ import torch
 from gradiometer.errors import InputError
 from gradiometer.stats.linalg import (
     accumulation_dtype,
+    in_reals,
     inner_products,
     random_orthonormal_rows,
+    real_numbers,
     squared_norms,
 )
 
@@ -101,3 +103,33 @@ def test_impossible_numbers_of_rows_are_refused(rows):
     message = f"projections must lie between 1 and the 5 outputs, got {rows}. Write num_projections=2"
     with pytest.raises(InputError, match=message):
         random_orthonormal_rows(rows, 5)
+
+
+def complex_pair(dtype=torch.complex128):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(4, 3, dtype=dtype, generator=generator) for _ in range(2)]
+
+
+def test_complex_tensors_count_as_pairs_of_reals():
+    a, b = complex_pair()
+    expected = (a.real * b.real + a.imag * b.imag).sum()
+    torch.testing.assert_close(inner_products([a], [b])[0], expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(squared_norms([a])[0], a.abs().square().sum(), rtol=1e-14, atol=0)
+    assert inner_products([a], [1j * a]).item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_lazy_conjugate_is_taken_as_it_reads():
+    a, b = complex_pair()
+    expected = (a.real * b.real - a.imag * b.imag).sum()
+    torch.testing.assert_close(inner_products([a], [b.conj()])[0], expected, rtol=1e-14, atol=0)
+    assert torch.equal(in_reals(a.conj()), torch.stack([a.real, -a.imag], -1))
+
+
+def test_complex_beside_real_and_half_precision():
+    half = torch.full((4,), 300.0, dtype=torch.float16)
+    tensors = [torch.full((2,), 3 + 4j, dtype=torch.complex64), half, torch.ones(3, dtype=torch.float64)]
+    torch.testing.assert_close(squared_norms(tensors).tolist(), [50.0, 360000.0, 3.0])
+
+
+def test_a_complex_number_is_two_real_ones():
+    assert [real_numbers(torch.ones(3, dtype=kind)) for kind in (torch.float32, torch.complex64)] == [3, 6]

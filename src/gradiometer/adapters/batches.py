@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import (
     DistributedSampler,
     RandomSampler,
@@ -14,31 +14,24 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ..autodiff.functional import Forward, matrix_forward
 from ..errors import InputError
 
 
-def selected_forward(model: nn.Module, part: str | None, output_key: str | None) -> Forward | None:
-    """A forward through one attribute of the model, and to one entry of its output.
+def check_part(model: nn.Module, part: str | None) -> None:
+    """Refuse a part that a model does not have.
 
     Args:
-        model: The module that has the attribute.
+        model: The module.
         part: Dotted attribute path of the network; the module itself when ``None``.
-        output_key: Key or attribute of the output; the output itself when ``None``.
-
-    Returns:
-        A forward, or ``None`` when the default serves.
 
     Raises:
         InputError: If there is no such attribute.
 
     Example:
-        >>> net = nn.ModuleDict({"body": nn.Linear(3, 2)})
-        >>> selected_forward(net, "body", None)(net, torch.zeros(4, 3)).shape
-        torch.Size([4, 2])
+        >>> check_part(nn.ModuleDict({"body": nn.Linear(3, 2)}), "head")
+        Traceback (most recent call last):
+        gradiometer.errors.InputError: ModuleDict has no submodule 'head', got submodules ['body']. ...
     """
-    if part is None and output_key is None:
-        return None
     if part is not None and part not in dict(model.named_modules()):
         children = [name for name, _ in model.named_children()]
         raise InputError(
@@ -46,11 +39,6 @@ def selected_forward(model: nn.Module, part: str | None, output_key: str | None)
             got=f"submodules {children}",
             fix='Name one of them: model="...".',
         )
-
-    def forward(model: nn.Module, x: Any) -> Tensor:
-        return matrix_forward(model.get_submodule(part or ""), x, output_key)
-
-    return forward
 
 
 def loss_scales(scaler: Any, optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -94,13 +82,23 @@ def dataset_size_of(loader: Any, batches: float | None = None) -> int | None:
         size = len(dataset)
     except (TypeError, NotImplementedError):  # how a stream says that it has no length
         return None
-    batch_size = getattr(loader, "batch_size", None) or getattr(
-        getattr(loader, "batch_sampler", None), "batch_size", None
-    )
+    batch_size = batch_size_of(loader)
     processes = _processes_in_order(sampler)
-    if batches is None or not isinstance(batch_size, int) or not processes:
+    if batches is None or batch_size is None or not processes:
         return size
     return int(min(size, batches * batch_size * processes))
+
+
+def batch_size_of(loader: Any) -> int | None:
+    """Examples in a batch of one process, ``None`` where the loader does not say.
+
+    Args:
+        loader: A data loader.
+    """
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None
 
 
 def _processes_in_order(sampler: Any) -> int:
@@ -114,6 +112,15 @@ def _sampler_of(loader: Any) -> Any:
     """What draws the examples: a batch sampler's own sampler, where one was given."""
     inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     return getattr(loader, "sampler", None) if inner is None else inner
+
+
+def fixed_order_of(loader: Any) -> bool:
+    """Whether a data loader gives the same batches in every epoch, as far as its sampler says.
+
+    Args:
+        loader: A data loader.
+    """
+    return _processes_in_order(_sampler_of(loader)) > 0
 
 
 def replacement_of(loader: Any) -> bool | None:

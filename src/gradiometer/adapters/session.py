@@ -6,29 +6,38 @@ may never start. The session bridges that; a callback only translates hooks into
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..autodiff.functional import Forward
 from ..control import check_controllers
-from ..engine.checks import check_settings
+from ..engine.checks import check_batches, check_settings
 from ..engine.monitor import Monitor
-from ..errors import MeasurementWarning
+from ..errors import GradiometerError, MeasurementWarning
 from ..observables import FluctuationDissipation, GradientNoiseScale
 from ..observables.fluctuation_dissipation import RATIO
 from ..observables.gradient_noise_scale import SCALE
 from ..optimizers import unwrapped
 from ..record.base import Recorder
 from ..record.readings import scalars
-from .batches import dataset_size_of, loss_scales, replacement_of, selected_forward
+from .batches import batch_size_of, check_part, dataset_size_of, fixed_order_of, loss_scales, replacement_of
 
 IN_PROGRESS_BAR = (GradientNoiseScale.key(SCALE), FluctuationDissipation.key(RATIO))
 """Keys of the readings that a progress bar shows, unless the user names others."""
+
+
+ARGUMENTS = (
+    *("observables", "controllers", "model", "input_key", "target_key", "output", "batch_dim", "forward"),
+    *("probe", "probe_size", "dataset_size", "replacement", "loss_reduction", "loss_fn", "layers", "prefix"),
+    *("on_error", "budget"),
+)
+"""What a callback passes on to its session."""
 
 
 class Session:
@@ -38,12 +47,8 @@ class Session:
         model: Dotted attribute of the module that holds the network; the module itself when ``None``.
         input_key: Key of the inputs where batches are mappings.
         target_key: Key of the targets where batches are mappings.
-        output_key: Key of the logits where the network returns a mapping or an object.
-        forward: In place of both ``model`` and ``output_key``.
-        dataset_size: Examples in the training set; the loader's when ``None``.
-        replacement: Whether batches are drawn with replacement; as the loader's sampler draws when ``None``.
         vocabulary: What to say in place of a phrase that speaks of a plain loop.
-        arguments: Further arguments of :class:`Monitor`.
+        arguments: Further arguments of :class:`Monitor`; what the loader says serves where they say nothing.
 
     Raises:
         InputError: If an argument cannot be used.
@@ -62,23 +67,19 @@ class Session:
         model: str | None = None,
         input_key: str | None = None,
         target_key: str | None = None,
-        output_key: str | None = None,
-        forward: Forward | None = None,
-        dataset_size: int | None = None,
-        replacement: bool | None = None,
         vocabulary: Mapping[str, str] | None = None,
         **arguments: Any,
     ) -> None:
         self.controllers = arguments.get("controllers", ())
         check_controllers(self.controllers)
         settings = {name: value for name, value in arguments.items() if value is not None}
-        for later in ("controllers", "probe"):
-            settings.pop(later, None)
+        settings.pop("controllers", None)
+        of_batches = inspect.signature(check_batches).parameters
+        check_batches(**{name: settings.pop(name) for name in of_batches if name in settings})
         check_settings(settings.pop("observables", ()), **settings)
         self.arguments = arguments
         self.monitor: Monitor | None = None
-        self._model, self._output_key = model, output_key
-        self._forward, self._dataset_size, self._replacement = forward, dataset_size, replacement
+        self._model = model
         self._vocabulary = vocabulary or {}
         self._keys = (input_key, target_key)
         self._saved: dict[str, Any] = {}
@@ -124,28 +125,36 @@ class Session:
                 self._saved = self.state_dict()
                 if step < self.monitor.step:  # a run of its own
                     self._saved["monitor"]["control"] = None
+        check_part(module, self._model)
+        of_loader = {
+            "dataset_size": dataset_size_of(loader, batches),
+            "replacement": replacement_of(loader),
+            "fixed_order": fixed_order_of(loader),
+            "batch_size": batch_size_of(loader),
+        }
+        said = {name: value for name, value in self.arguments.items() if value is not None}
         self.monitor = Monitor(
-            module,
-            optimizers[0],
-            recorders=recorders,
-            forward=self._forward or selected_forward(module, self._model, self._output_key),
-            dataset_size=self._dataset_size or dataset_size_of(loader, batches),
-            replacement=replacement_of(loader) if self._replacement is None else self._replacement,
-            **self.arguments,
+            module, optimizers[0], recorders=recorders, network=self._model, **{**of_loader, **said}
         )
         self.monitor.guard.vocabulary = self._vocabulary
         if self._saved:
-            self.monitor.load_state_dict(self._saved["monitor"])
-            if self._saved["batches"] and not hasattr(loader, "state_dict"):
-                warnings.warn(
-                    f"the checkpoint was saved {self._saved['batches']} batches into an epoch, and this "
-                    "loader can only begin at the first batch: the epoch's batches are replayed, and "
-                    "readings go on from the saved state.",
-                    MeasurementWarning,
-                    stacklevel=2,
-                )
-            self._saved = {}
+            self._resume(self.monitor, loader)
         self._handle = unwrapped(optimizers[0]).register_step_post_hook(self._stepped)
+
+    def _resume(self, monitor: Monitor, loader: Any) -> None:
+        """Continue from the state that was loaded; one that is no state does not end the run."""
+        saved, self._saved = self._saved, {}
+        try:
+            monitor.load_state_dict(saved["monitor"])
+        except GradiometerError as error:
+            monitor.guard.warn(f"everything that is measured begins anew: {error}")
+            return
+        if saved.get("batches") and not hasattr(loader, "state_dict"):
+            monitor.guard.warn(
+                f"the checkpoint was saved {saved['batches']} batches into an epoch, and this loader can "
+                "only begin at the first batch: the epoch's batches are replayed, and readings go on from "
+                "the saved state."
+            )
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After a step within a batch, where another one will follow: it is made from the same batch."""
@@ -249,9 +258,15 @@ class Session:
         Args:
             state: What :meth:`state_dict` returned.
         """
-        self._saved = state
-        memories = ((state["monitor"].get("control") or {}) if state else {}).get("controllers", {})
+        inside = state.get("monitor") if isinstance(state, Mapping) else None
+        self._saved = dict(state) if inside is not None else {}
+        if state and inside is None:
+            message = "what was loaded is no state of this callback: everything that is measured begins anew."
+            warnings.warn(message, MeasurementWarning, stacklevel=2)
+        control = inside.get("control") if isinstance(inside, Mapping) else None
+        memories = control.get("controllers") if isinstance(control, Mapping) else None
         for controller in self.controllers:
-            memory = memories.get(type(controller).__name__)
-            if memory is not None and not memory["dry_run"] and not controller.dry_run:
-                controller.apply(memory["memory"])
+            with suppress(Exception):  # the monitor carries it out again, and says it if it cannot
+                memory = (memories or {}).get(type(controller).__name__)
+                if memory is not None and not memory["dry_run"] and not controller.dry_run:
+                    controller.apply(memory["memory"])

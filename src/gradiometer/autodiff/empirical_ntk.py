@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError, UnsupportedError, check_choice
 from ..stats.linalg import random_orthonormal_rows
 from .factors import Mode
 from .functional import (
@@ -287,8 +287,7 @@ def _check_request(
     max_memory: int | None,
     on_unsupported: str,
 ) -> None:
-    if outputs not in MODES:
-        raise InputError("unknown output mode", got=repr(outputs), fix=f"Write one of {MODES}.")
+    check_choice("outputs", outputs, MODES)
     if num_projections is not None and outputs == "full":
         raise InputError(
             "random output projections estimate the trace kernel only",

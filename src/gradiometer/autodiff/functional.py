@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -44,7 +45,7 @@ def matrix_forward(model: nn.Module, x: Any, output_key: str | None = None) -> T
     """The engine's default forward: outputs as ``[N, O]`` wherever that is safe.
 
     A mapping or an object with ``logits`` gives its logits; sequence outputs ``[N, T, V]`` give their
-    last position; a single output per example ``[N]`` becomes ``[N, 1]``.
+    last position; images are flattened; a single output per example ``[N]`` becomes ``[N, 1]``.
 
     Args:
         model: A module.
@@ -73,7 +74,7 @@ def matrix_forward(model: nn.Module, x: Any, output_key: str | None = None) -> T
         return out[:, -1]
     if isinstance(out, Tensor) and out.ndim == 1:
         return out[:, None]
-    return out
+    return out.flatten(1) if isinstance(out, Tensor) and out.ndim > 3 else out
 
 
 def warn_of_train_mode(model: nn.Module, what: str) -> None:
@@ -203,7 +204,13 @@ def take(x: Any, index: Any) -> Any:
         >>> take({"a": torch.arange(4)}, slice(1, 3))
         {'a': tensor([1, 2])}
     """
-    return pytree.tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, x)
+
+    def some(leaf: Tensor) -> Tensor:
+        if leaf.layout == torch.strided:
+            return leaf[index]
+        return leaf.index_select(0, torch.arange(len(leaf), device=leaf.device)[index].reshape(-1))
+
+    return pytree.tree_map(lambda leaf: some(leaf) if isinstance(leaf, Tensor) else leaf, x)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
 from ..stats.linalg import random_orthonormal_rows
-from .functional import Forward, check_inputs, pure_function, warn_of_train_mode
+from .functional import Forward, check_inputs, pure_function, take, warn_of_train_mode
 from .untouched import measuring
 
 __all__ = [
@@ -234,6 +234,27 @@ def spectral_norms(line: Linearised, generator: torch.Generator) -> Tensor:
     return value
 
 
+def _side_by_side(
+    leaves: list[Any], spec: Any, floating: list[Tensor], forward: Forward
+) -> tuple[Forward, Tensor]:
+    """A nest of inputs as one tensor ``[N, D]``; what is no floating tensor stays as it is."""
+    kind = torch.promote_types(floating[0].dtype, floating[-1].dtype)
+    widths = [leaf[0].numel() for leaf in floating]
+
+    def from_flat(model: nn.Module, flat: Tensor) -> Tensor:
+        pieces = iter(zip(flat.split(widths, 1), floating, strict=True))
+
+        def put_back(leaf: Any) -> Any:
+            if not any(leaf is other for other in floating):
+                return leaf
+            piece, like = next(pieces)
+            return piece.reshape(-1, *like.shape[1:]).to(like.dtype)
+
+        return forward(model, pytree.tree_unflatten([put_back(leaf) for leaf in leaves], spec))
+
+    return from_flat, torch.cat([leaf.reshape(len(leaf), -1).to(kind) for leaf in floating], 1)
+
+
 def first_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
     """Name and module of the first table of a model.
 
@@ -253,31 +274,30 @@ def first_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
 
 
 def differentiable(model: nn.Module, x: Any, forward: Forward) -> tuple[Forward, Tensor]:
-    """For token inputs: a forward that starts from the first embedding's output, and that output."""
-    if isinstance(x, Tensor) and x.is_floating_point():
-        return forward, x
-    tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
-    embeds = any(isinstance(module, nn.Embedding) for module in model.modules())
-    if not embeds and any(leaf.is_floating_point() for leaf in tensors):
+    """A forward of one floating tensor, and that tensor.
+
+    That is the input, or the floating tensors of a nest side by side; for tokens what the first embedding
+    gives.
+    """
+    leaves, spec = pytree.tree_flatten(x)
+    floating = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if any(leaf.layout != torch.strided for leaf in floating):
         raise UnsupportedError(
-            "the Jacobian is taken at one tensor of inputs",
-            got=f"a {type(x).__name__} of {len(tensors)} tensors",
-            fix="Leave JacobianNorm out of observables=.",
+            "sparse inputs have no Jacobian that can be taken",
+            fix="Leave JacobianNorm out of observables=, or pass dense inputs as probe=.",
         )
+    if isinstance(x, Tensor) and floating:
+        return forward, x
+    if floating:
+        return _side_by_side(leaves, spec, floating, forward)
     _, table = first_embedding(model)
-    seen: list[Tensor] = []
-    with torch.no_grad():
-        handle = table.register_forward_hook(lambda module, args, out: seen.append(out))
-        try:
-            function, parameters = pure_function(model, forward, frozen=True)
-            function(parameters, x)
-        finally:
-            handle.remove()
-    if not seen:
-        raise UnsupportedError("the model's first nn.Embedding was not called in its forward")
+    embedded = _embedded(table, model, x, forward)
+    alone = _embedded(table, model, take(x, slice(0, 1)), forward)
+    grown = [axis for axis, (a, b) in enumerate(zip(alone.shape, embedded.shape, strict=True)) if a != b]
+    axis = grown[0] if grown else 0
 
     def from_embedding(model: nn.Module, embedded: Tensor) -> Tensor:
-        pending = [embedded]
+        pending = [embedded.movedim(0, axis)]
 
         def replace(module: nn.Module, args: Any, out: Tensor) -> Tensor:
             return pending.pop() if pending else out
@@ -288,4 +308,19 @@ def differentiable(model: nn.Module, x: Any, forward: Forward) -> tuple[Forward,
         finally:
             handle.remove()
 
-    return from_embedding, seen[0]
+    return from_embedding, embedded.movedim(axis, 0)
+
+
+def _embedded(table: nn.Embedding, model: nn.Module, x: Any, forward: Forward) -> Tensor:
+    """The first output of a table in a forward pass."""
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        handle = table.register_forward_hook(lambda module, args, out: seen.append(out))
+        try:
+            function, parameters = pure_function(model, forward, frozen=True)
+            function(parameters, x)
+        finally:
+            handle.remove()
+    if not seen:
+        raise UnsupportedError("the model's first nn.Embedding was not called in its forward")
+    return seen[0]

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook
 
+from .untouched import in_own_pass
+
 After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 """Path, module, arguments, keyword arguments, what was returned."""
 
@@ -24,6 +26,7 @@ class ModuleHooks:
     Args:
         paths: The modules, and their paths.
         after: Called after each of their calls; what it returns does not matter.
+        passes_of_user: Whether to look at the user's passes only, and not at those of our own.
 
     Example:
         >>> import torch
@@ -34,8 +37,8 @@ class ModuleHooks:
         ['0']
     """
 
-    def __init__(self, paths: Mapping[nn.Module, str], after: After) -> None:
-        self._paths, self._after = paths, after
+    def __init__(self, paths: Mapping[nn.Module, str], after: After, *, passes_of_user: bool = True) -> None:
+        self._paths, self._after, self._passes_of_user = paths, after, passes_of_user
         self._handle: Any = None
 
     def attach(self) -> None:
@@ -58,7 +61,7 @@ class ModuleHooks:
 
     def _returned(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         path = self._paths.get(module)
-        if path is not None:
+        if path is not None and not (self._passes_of_user and in_own_pass()):
             self._after(path, module, args, kwargs, out)
 
 

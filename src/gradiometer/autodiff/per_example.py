@@ -105,7 +105,7 @@ def _loss_cotangents(
     loss_fn: Callable[[Any, Any], Tensor], leaves: list[Any], spec: Any, y: Any, count: int
 ) -> Tensor:
     """Derivative of each example's own loss with respect to its outputs, ``[N, S]``."""
-    rows = []
+    rows, losses = [], []
     for n in range(count):
         shown = [
             leaf.detach()[n : n + 1].requires_grad_(leaf.requires_grad)
@@ -120,7 +120,22 @@ def _loss_cotangents(
                 got=f"shape {list(loss.shape)}",
                 fix='Write loss_fn=nn.CrossEntropyLoss(), or any other with reduction="mean".',
             )
+        losses.append(loss.detach().reshape(()))
         moved = [leaf for leaf in shown if isinstance(leaf, Tensor) and leaf.requires_grad]
         grads = torch.autograd.grad(loss.sum(), moved, allow_unused=True, materialize_grads=True)
         rows.append(torch.cat([grad.reshape(-1) for grad in grads]))
+    detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    _check_adds_up(loss_fn(pytree.tree_unflatten(detached, spec), fresh(y)), torch.stack(losses))
     return torch.stack(rows)
+
+
+def _check_adds_up(together: Tensor, alone: Tensor) -> None:
+    """Refuse a loss that is neither the mean nor the sum of what it is of single examples."""
+    sums = torch.stack([alone.mean(), alone.sum()]).double()
+    value, rough = together.detach().double().reshape(()), max(1e-3, 10 * torch.finfo(alone.dtype).eps)
+    if bool(sums.isfinite().all()) and not bool(torch.isclose(sums, value, rtol=rough).any()):
+        raise InputError(
+            "the loss of a batch is neither the mean nor the sum of its examples' losses: it divides by "
+            "something of the batch, such as class weights or valid tokens, or couples examples",
+            fix='Write loss_fn with reduction="sum".',
+        )

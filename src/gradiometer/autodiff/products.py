@@ -22,6 +22,8 @@ from .functional import call, check_inputs, examples, fresh, outside_inference, 
 from .untouched import as_training
 
 LossFn = Callable[[Any, Any], Tensor]
+RawForward = Callable[[nn.Module, Any], Any]
+"""Maps a model and a batch of inputs to whatever a loss takes."""
 
 _WRONG_TWICE = {
     # the mark stands beside the way to the parameters, so that autograd.grad never meets it
@@ -140,6 +142,7 @@ def split_gradients(
     parts: int,
     *,
     parameters: Sequence[Tensor] | None = None,
+    forward: RawForward = call,
 ) -> tuple[list[list[Tensor]], Tensor]:
     """Gradient of each part's own loss, for a batch cut into nearly equal consecutive parts.
 
@@ -153,6 +156,7 @@ def split_gradients(
         y: Targets: a tensor, or a nest of tensors with the examples first.
         parts: Number of parts; their sizes differ by one at most.
         parameters: Which of the model's parameters; all trainable ones when ``None``.
+        forward: Maps model and inputs to what ``loss_fn`` takes; ``model(x)`` when left out.
 
     Returns:
         The gradients, one list per part, and the number of examples in each part.
@@ -175,7 +179,7 @@ def split_gradients(
     """
     slices = part_slices(x, y, parts, at_least=2)
     with as_training(model):
-        loss = Loss(model, loss_fn, parameters)
+        loss = Loss(model, loss_fn, parameters, forward=forward)
         gradients = [loss.gradient(take(x, part), take(y, part)) for part in slices]
     return gradients, _sizes(slices)
 
@@ -199,11 +203,12 @@ def split_curvature(
     parameters: Sequence[Tensor] | None = None,
     loss_reduction: str = "mean",
     step: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    forward: RawForward = call,
 ) -> SplitCurvature:
     r"""Inner products of the gradients of a batch's parts, plain and through the Hessians of other parts.
 
     .. math:: \text{gram}_{il} = u_i\cdot g_l, \qquad \text{forms}_{jil} = u_i^T H_j\, u_l
-              \quad (i \ne j,\ l \ne j;\ \text{zero elsewhere})
+              \quad (l \ne j;\ \text{zero where } l = j)
 
     with :math:`u_i = g_i`, or the step that an optimizer makes of it. What ``noise_curvature`` is made
     of. Each part's Hessian meets the k - 1 gradients of the others, so that all together cost k - 1 products
@@ -221,6 +226,7 @@ def split_curvature(
             which is divided by their number.
         step: Maps the gradient of a part to a vector ``u`` of the same shapes; the gradient itself when
             ``None``.
+        forward: Maps model and inputs to what ``loss_fn`` takes; ``model(x)`` when left out.
 
     Returns:
         ``gram``, ``forms``, the number of examples in each part, ``sizes``, and the vectors ``u``,
@@ -241,14 +247,14 @@ def split_curvature(
         >>> _ = nn.init.ones_(net.weight)                   # part losses x^2 w^2 / 2: g = H = x^2
         >>> x = torch.tensor([[1.0], [2.0], [3.0]])
         >>> found = split_curvature(net, lambda out, y: out.square().mean() / 2, x, None, 3)
-        >>> found.forms[0]                                  # H_0 = 1, between g_1 = 4 and g_2 = 9
-        tensor([[ 0.,  0.,  0.],
+        >>> found.forms[0]                         # H_0 = 1, from g_0 = 1, g_1 = 4, g_2 = 9 to g_1 and g_2
+        tensor([[ 0.,  4.,  9.],
                 [ 0., 16., 36.],
                 [ 0., 36., 81.]], dtype=torch.float64)
     """
     slices = part_slices(x, y, parts, at_least=3)
     with as_training(model):
-        loss = Loss(model, loss_fn, parameters, loss_reduction)
+        loss = Loss(model, loss_fn, parameters, loss_reduction, forward=forward)
         batches = [(take(x, part), take(y, part)) for part in slices]
         gradients = [loss.gradient(*batch) for batch in batches]
         steps = gradients if step is None else [step(gradient) for gradient in gradients]
@@ -258,7 +264,7 @@ def split_curvature(
             others = [i for i in range(parts) if i != j]
             vectors = [steps[i] for i in others]
             for i, product in zip(others, loss.products(*batch, vectors), strict=True):
-                forms[j, others, i] = _dots(vectors, product)
+                forms[j, :, i] = _dots(steps, product)
     return SplitCurvature(gram, forms, _sizes(slices), steps)
 
 
@@ -271,9 +277,11 @@ class Loss:
         loss_fn: LossFn,
         parameters: Sequence[Tensor] | None,
         reduction: str = "mean",
+        *,
+        forward: RawForward = call,
     ) -> None:
         self._model, self._loss_fn, self._reduction = model, loss_fn, reduction
-        self._function, self._values = pure_function(model, call)
+        self._function, self._values = pure_function(model, forward)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         names = dict(zip(map(id, trainable), self._values, strict=True))
         chosen = trainable if parameters is None else list(parameters)

@@ -10,7 +10,7 @@ contribute. Whoever sees the gradient can check that: the sum is left along a di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -74,6 +74,7 @@ class RideAlong:
             norms in ``weighted``; a parameter for which it returns ``None`` has none.
         directions: Along which the sum over the examples is left in ``expected``, with what rounding may make
             of it and the relative error of one term; ``None`` where nobody compares.
+        axes: The dimension of its input along which a layer holds the examples, where that is not the first.
         several: Whether to hold what layers show until the end, so that several backward passes add up.
 
     Example:
@@ -96,7 +97,9 @@ class RideAlong:
         metric: Callable[[Tensor], Tensor | None] | None = None,
         directions: Directions | None = None,
         several: bool = False,
+        axes: Mapping[nn.Module, int] | None = None,
     ) -> None:
+        self._axes = axes or {}
         self._batch, self._metric, self._several = batch_size, metric, several
         self._directions = directions
         self.expected: dict[str, tuple[Tensor, Tensor, float]] = {}
@@ -104,13 +107,15 @@ class RideAlong:
         self.came_again = False
         """Whether the gradient came in several backward passes that were not held; ``result`` finds out."""
         wanted = None if parameters is None else {id(p) for p in parameters}
-        self._names = {
-            id(p): name
+        trained = {
+            name: p
             for name, p in model.named_parameters()
             if p.requires_grad and (wanted is None or id(p) in wanted)
         }
+        self._names = {id(p): name for name, p in trained.items() if not p.is_complex()}
         self._without_gradients: set[nn.Module] = set()
-        self._skipped = dict.fromkeys(self._names.values(), "its module has no rule, or was not called")
+        self._skipped = dict.fromkeys(trained, "it is complex")
+        self._skipped |= dict.fromkeys(self._names.values(), "its module has no rule, or was not called")
         # the backward passes that came through each call of a module; a module that is left out has none
         self._calls: dict[nn.Module, list[set[int]]] = {}
         self._left_out: set[nn.Module] = set()
@@ -173,8 +178,12 @@ class RideAlong:
             self._without_gradients.add(module)
             return
         a = args[0] if args else kwargs.get("input")
+        output = out
         if module in self._left_out or not isinstance(out, Tensor) or not out.requires_grad:
             return
+        axis = max(self._axes.get(module, 0), 0)
+        if axis and isinstance(a, Tensor) and a.ndim > axis and out.ndim > axis:
+            a, out = a.movedim(axis, 0), out.movedim(axis, 0)
         if not isinstance(a, Tensor) or a.ndim == 0 or len(a) != self._batch:
             got = list(a.shape) if isinstance(a, Tensor) else type(a).__name__
             self._skip(module, f"its input {got} does not begin with the {self._batch} examples")
@@ -187,7 +196,11 @@ class RideAlong:
         through: set[int] = set()
         self._calls.setdefault(module, []).append(through)
         version = a._version
-        out.register_hook(lambda g: self._safely(self._returns, path, module, through, a, version, g))
+
+        def returns(g: Tensor) -> None:
+            self._safely(self._returns, path, module, through, a, version, g.movedim(axis, 0))
+
+        output.register_hook(returns)
 
     @torch.no_grad()
     def _returns(

@@ -12,6 +12,7 @@ import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from functools import partial
 from operator import is_
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+_OWN_PASS: ContextVar[bool] = ContextVar("own_pass", default=False)
 _TABLES = ("_parameters", "_buffers", "_modules")
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has; beside the tables those are hooks, and no forward pass adds to them."""
@@ -92,6 +94,7 @@ def _aside(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(state.restore)  # twice, so that an interrupt in one of them leaves the other
         stack.callback(state.restore)
+        stack.callback(_OWN_PASS.reset, _OWN_PASS.set(True))
         cuda = [device for device in devices if device.type == "cuda"]
         stack.enter_context(torch.random.fork_rng(cuda, enabled=bool(cuda)))
         stack.enter_context(uncompiled())
@@ -111,6 +114,11 @@ def uncompiled() -> AbstractContextManager[Any]:
     """Run the original of everything compiled; what the user's own code compiles to stays as it is."""
     # without the compiler loaded nothing is compiled, and loading it takes a second
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def in_own_pass() -> bool:
+    """Whether a model is being evaluated by us, so that hooks which look at the user's passes look away."""
+    return _OWN_PASS.get()
 
 
 def original(model: nn.Module) -> nn.Module:

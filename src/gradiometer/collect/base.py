@@ -8,20 +8,21 @@ one only: what is being trained, what is known of the step under way, and its ow
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import SampleSkippedError
+from ..errors import SampleSkippedError, UnsupportedError
 from .compilation import CompilerWatch
+from .loss_graph import FoundLoss
+from .own_batch import LossFunction as LossFunction
+from .own_batch import OwnBatch
 from .sections import Sections
 
 MomentName = Literal["before_step", "after_step"]
-LossFunction = Callable[[Any, Any], Tensor]
-"""Maps outputs and targets of a batch to its loss."""
 Memory = dict[str, Any]
 """What the collectors of one field keep from step to step."""
 
@@ -33,13 +34,13 @@ class Training:
     Args:
         model: The model being trained.
         optimizer: Its optimizer.
-        loss_reduction: ``"mean"`` or ``"sum"`` over the examples of a micro-batch.
-        loss_fn: Maps outputs and targets to the loss, where it is known.
+        loss_reduction: ``"mean"`` or ``"sum"`` over the examples of a micro-batch, where it was said.
+        loss_fn: Maps outputs and targets to the loss, where it is given.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    loss_reduction: str = "mean"
+    loss_reduction: str | None = None
     loss_fn: LossFunction | None = None
 
     def parameters(self) -> list[Tensor]:
@@ -59,7 +60,11 @@ class Step:
         drifts: Steps so far at which a learning rate moved.
         recording: Whether anything is recorded at this step; only then may a collector wait for the device.
         sizes: Examples of each micro-batch of this step so far.
-        batch: Inputs and targets of the latest micro-batch.
+        batch: The latest micro-batch for passes of our own, where the loss is known.
+        loss: The loss that the graph has shown, or why it is not known.
+        reduction: ``"mean"`` or ``"sum"`` over the examples of a micro-batch.
+        axes: The examples' axis of the input of each layer, where it was tried.
+        refusal: Why the examples of a batch are not known.
         loss_divisor: What the loss of each micro-batch was divided by; unknown when ``None``.
         loss_scale: Factor on the loss during the backward pass.
         grad_scale: Factor still in ``.grad`` at ``before_step``.
@@ -74,20 +79,20 @@ class Step:
     drifts: int = 0
     recording: bool = False
     sizes: list[int] = field(default_factory=list)
-    batch: tuple[Any, Any] | None = None
+    batch: OwnBatch | None = None
+    loss: FoundLoss | str = "no backward pass was seen"
+    reduction: str = "mean"
+    axes: Mapping[nn.Module, int] = field(default_factory=dict)
+    refusal: UnsupportedError | None = None
     loss_divisor: float | None = None
     loss_scale: float = 1.0
     grad_scale: float = 1.0
     broken: bool = False
     compiler: CompilerWatch = field(default_factory=CompilerWatch)
 
-    def loss_multiple(self, loss_reduction: str) -> float:
-        """How often the step's gradient holds that of the mean loss.
-
-        Args:
-            loss_reduction: ``"mean"`` or ``"sum"`` over the examples of a micro-batch.
-        """
-        mean = loss_reduction == "mean"
+    def loss_multiple(self) -> float:
+        """How often the step's gradient holds that of the mean loss."""
+        mean = self.reduction == "mean"
         if mean and self.loss_divisor is None:
             return 1.0
         if not self.sizes:
@@ -124,7 +129,7 @@ class Collector(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        named = ("enter", "exit", "before_step", "close")
+        named = ("enter", "resize", "exit", "before_step", "close")
         cls.stages = frozenset(name for name in named if getattr(cls, name) is not getattr(Collector, name))
 
     def __init__(self, training: Training, step: Step, memory: Memory) -> None:
@@ -136,6 +141,9 @@ class Collector(ABC):
     def enter(self, size: int) -> None:  # noqa: B027 - most collectors need no hook here
         """A micro-batch of ``size`` examples begins."""
 
+    def resize(self, size: int) -> None:  # noqa: B027
+        """The micro-batch turns out to have ``size`` examples; before its end."""
+
     def exit(self) -> None:  # noqa: B027
         """Its backward pass is done."""
 
@@ -144,6 +152,26 @@ class Collector(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Remove everything; called exactly once, also after a failure."""
+
+    def own_batch(self, where: str) -> OwnBatch:
+        """The step's batch for passes of our own.
+
+        Args:
+            where: What rests on it, as the beginning of a sentence that ends in "where the loss is known".
+
+        Raises:
+            UnsupportedError: If the loss is not known, with the reason.
+            SampleSkippedError: If no micro-batch was seen.
+        """
+        if self.step.batch is not None:
+            return self.step.batch
+        if not self.step.sizes:
+            raise no_micro_batch()
+        reason = self.step.loss if isinstance(self.step.loss, str) else "the network's call was not seen"
+        raise UnsupportedError(
+            f"{where}, and it is not: {reason}",
+            fix="Pass loss_fn=, which maps outputs and targets to the loss.",
+        )
 
     @abstractmethod
     def result(self) -> Any:

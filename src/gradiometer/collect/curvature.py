@@ -18,7 +18,7 @@ from ..autodiff.products import SplitCurvature, split_curvature
 from ..errors import SampleSkippedError, UnsupportedError
 from ..optimizers import family_of
 from ..stats.linalg import inner_products
-from .base import Collector, Memory, MomentName, Step, Training, no_micro_batch
+from .base import Collector, Memory, MomentName, Step, Training
 from .snapshot import Curvature
 
 
@@ -38,14 +38,8 @@ class CurvatureCollector(Collector):
 
     def before_step(self) -> None:
         """Make the passes while the weights are those of this batch's loss."""
-        if self.training.loss_fn is None:
-            raise UnsupportedError(
-                "curvature can only be measured where the loss is known",
-                fix="Pass loss_fn=, which maps outputs and targets to the loss.",
-            )
-        if self.step.batch is None:
-            raise no_micro_batch()
-        size = examples(self.step.batch[0])
+        batch = self.own_batch("curvature can only be measured where the loss is known")
+        size = examples(batch.inputs)
         if size < self.parts:
             raise SampleSkippedError(
                 f"curvature needs a micro-batch of {self.parts} or more examples",
@@ -71,15 +65,17 @@ class CurvatureCollector(Collector):
         self, parameters: list[Tensor], step: Callable[[list[Tensor]], list[Tensor]] | None = None
     ) -> SplitCurvature:
         assert self.step.batch is not None
-        assert self.training.loss_fn is not None
+        batch = self.step.batch
         return split_curvature(
             self.training.model,
-            self.training.loss_fn,
-            *self.step.batch,
+            batch.loss_fn,
+            batch.inputs,
+            batch.targets,
             self.parts,
             parameters=parameters,
-            loss_reduction=self.training.loss_reduction,
+            loss_reduction=self.step.reduction,
             step=step,
+            forward=batch.forward,
         )
 
     def _finite(self, gram: Tensor, step_gram: Tensor, forms: Tensor, sizes: Tensor) -> Curvature:
@@ -99,7 +95,7 @@ class CurvatureCollector(Collector):
     def _noise_share(self) -> float:
         """Variance of the gradient that makes the step over that of one example."""
         sizes = self.step.sizes
-        if self.training.loss_reduction == "sum":
+        if self.step.reduction == "sum":
             return 1 / (sum(sizes) * parallel.world_size())
         return sum(1 / size for size in sizes) / (len(sizes) ** 2 * parallel.world_size())
 
@@ -182,7 +178,7 @@ class StepCurvatureCollector(CurvatureCollector):
         buffer = self.training.optimizer.state.get(parameter, {}).get("momentum_buffer") if momentum else None
         # torch takes the first gradient as it is for the buffer
         new = 1 + momentum if nesterov else 1.0 if buffer is None else 1 - group["dampening"]
-        scale = self.step.loss_multiple(self.training.loss_reduction)
+        scale = self.step.loss_multiple()
         return _Settings(
             fresh=scale * lr * new,
             carried=lr * (momentum**2 if nesterov else momentum),

@@ -20,10 +20,10 @@ from .. import parallel
 from ..autodiff.functional import examples
 from ..autodiff.products import split_gradients
 from ..autodiff.ride_along import RideAlong, refusal
-from ..errors import GradiometerError, SampleSkippedError, UnsupportedError
+from ..errors import GradiometerError, SampleSkippedError, TooEarlyError, UnsupportedError
 from ..optimizers.adam import Preconditioner
 from ..optimizers.base import family_of
-from ..stats.linalg import accumulation_dtype, squared_norms
+from ..stats.linalg import accumulation_dtype, real_numbers, squared_norms
 from .base import Collector, Memory, MomentName, Step, Training, no_micro_batch
 from .parameter_hooks import Received, entries
 from .parts_and_whole import Accounts, Balance, foreign
@@ -34,6 +34,8 @@ FEWEST_NORMALISED = 8
 LEAST_COVERAGE = 0.5
 """Share of the parameters that single examples must be seen of, where a batch can be split instead: noise
 differs between layers by factors, and with fewer the reading would be that of the layers that have rules."""
+MOST_SINGLE = 64
+"""Pieces that a batch is split into at the first step, where single examples could not be seen yet."""
 NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 Refusal: TypeAlias = SampleSkippedError | UnsupportedError
 """Why parts cannot be had, at this step or on this run."""
@@ -103,7 +105,11 @@ class _Source(PartsCollector):
         self._trained = {
             name: p for name, p in training.model.named_parameters() if p.requires_grad and id(p) in stepped
         }
-        self._mean = training.loss_reduction == "mean"
+
+    @property
+    def _mean(self) -> bool:
+        """Whether the loss is a mean over the examples."""
+        return self.step.reduction == "mean"
 
     def _divisor(self, balance: Balance) -> float:
         """What each micro-batch's loss was divided by; 1 under a summed loss unless it is known."""
@@ -131,7 +137,7 @@ class _Source(PartsCollector):
         if not self._mean:
             shares = sizes.double() / sizes.sum()
         covered = [self._trained[name] for name in names]
-        counts = self.step.sections.reduce(covered, torch.tensor([p.numel() for p in covered]))
+        counts = self.step.sections.reduce(covered, torch.tensor([real_numbers(p) for p in covered]))
         sq_norms, batch_sq_norm = sq_norms.where(finite, 0.0), batch_sq_norm.where(finite, 0.0)
         weights = finite.to(batch_sq_norm.dtype) * (1.0 if balance is None else balance.weight)
         plain, *preconditioned = [
@@ -143,7 +149,7 @@ class _Source(PartsCollector):
                 batch_sq_norm=batch_sq_norm[..., m],
                 weight=weights[m],
                 parameters=counts,
-                coverage=float(counts.sum()) / sum(p.numel() for p in self._trained.values()),
+                coverage=float(counts.sum()) / sum(map(real_numbers, self._trained.values())),
                 skipped=skipped or {},
                 processes=processes,
                 note="" if balance is None else balance.note,
@@ -200,10 +206,16 @@ class _HookedSource(_Source):
         """Take the hooks off."""
         self.exit()
 
-    def settle(self) -> Balance | SampleSkippedError:
+    def resize(self, size: int) -> None:
+        """The micro-batch has another number of examples than was thought."""
+        self.accounts.hooks.micro_batches[-1].size = size
+
+    def settle(self) -> Balance | Refusal:
         """The micro-batches whose gradients are in ``.grad``; the others are taken out of the step."""
         if not self.step.sizes:
             return no_micro_batch()
+        if self.step.refusal is not None:
+            return self.step.refusal
         if not any(p.grad is not None for p in self._trained.values()):
             return SampleSkippedError("no parameter has a gradient at this step")
         hooks = self.accounts.hooks
@@ -223,6 +235,7 @@ class ExampleSource(_HookedSource):
     the first look, or three times in a row, it is left out from then on.
     """
 
+    keeps_batch: ClassVar[bool] = True
     layers: ClassVar[tuple[type[nn.Module], ...] | None] = None
     name: ClassVar[str] = "per example"
 
@@ -232,6 +245,8 @@ class ExampleSource(_HookedSource):
         super().__init__(training, step, memory, accounts)
         self._tape: RideAlong | None = None
         self._received: Received | None = None
+        self._size = 0
+        self._axes: Mapping[nn.Module, int] = {}
         # why a parameter's gradient is more than the sum of its examples', or "" where it is that sum
         self._unaccounted: dict[str, str] = memory.setdefault("unaccounted", {})
         self.refusal: Refusal | None = None
@@ -258,7 +273,7 @@ class ExampleSource(_HookedSource):
         self.refusal = self._refusal()
         if self.refusal is not None:
             return
-        metric = self.step.metric
+        metric, self._size, self._axes = self.step.metric, size, self.step.axes
         self._received = self.accounts.hooks.micro_batches[-1]
         self._tape = RideAlong(
             self.training.model,
@@ -267,6 +282,7 @@ class ExampleSource(_HookedSource):
             metric=None if metric is None else lambda p: _squared(metric.of(p)),
             directions=self.accounts.directions,
             several=self.memory.get("several", False),
+            axes=self._axes,
         )
 
     def _refusal(self) -> Refusal | None:
@@ -292,12 +308,11 @@ class ExampleSource(_HookedSource):
         balance = self.settle()
         if not isinstance(balance, Balance):
             return balance
-        if self.refusal is not None:
-            return self.refusal
-        if self._tape is None or self._received is None:
-            return no_micro_batch()
-        if balance.micro_batches and self._received not in balance.micro_batches:
-            return SampleSkippedError("the first micro-batch of this step was given up")
+        reason = self._absent(balance)
+        if reason is not None:
+            return reason
+        assert self._tape is not None
+        assert self._received is not None
         try:
             by_parameter, skipped = self._tape.result(self._received.passes)
         except (SampleSkippedError, UnsupportedError) as refusal:
@@ -342,6 +357,32 @@ class ExampleSource(_HookedSource):
         rows = torch.stack([torch.stack([norms[name] for name in by_parameter]) for norms in metrics], -1)
         parameters = [self._trained[name] for name in by_parameter]
         return self.step.sections.reduce(parameters, rows.to(accumulation_dtype(rows.device))).transpose(0, 1)
+
+    def _absent(self, balance: Balance) -> Refusal | None:
+        """Why single examples were not seen at this step, or do not make up its gradient."""
+        reason = self.refusal or self._not_a_plain_mean()
+        if reason is not None:
+            return reason
+        if self._tape is None or self._received is None:
+            return no_micro_batch()
+        if balance.micro_batches and self._received not in balance.micro_batches:
+            return SampleSkippedError("the first micro-batch of this step was given up")
+        learned = self.step.axes != self._axes and any(axis > 0 for axis in self.step.axes.values())
+        if self._received.size != self._size or learned:
+            return TooEarlyError("where the examples of a batch are was not known before its forward pass")
+        return None
+
+    def _not_a_plain_mean(self) -> Refusal | None:
+        """Why single examples do not add up to the gradient with equal weights."""
+        loss = self.step.loss
+        if isinstance(loss, str) or not loss.divides:
+            return None
+        kind = UnsupportedError if loss.fixed else SampleSkippedError
+        return kind(
+            f"the loss divides by {loss.divides} of each batch, so that its gradient is no plain mean "
+            "over the examples",
+            fix=f"{_ACCUMULATE}: batches then count as they are.",
+        )
 
     def _accounted(self, seen: Collection[str]) -> Tensor | Refusal:
         """Note which parameters' gradients are more than the sums over the examples; the sample's weight.
@@ -428,28 +469,40 @@ class SplitSource(_Source):
     """
 
     keeps_batch: ClassVar[bool] = True
-    pieces: ClassVar[int] = 8
+    most_pieces = 8
 
     def measure(self) -> GradientParts | Refusal:
         """Make the passes; the loss's own reduction is over examples."""
-        if self.training.loss_fn is None:
-            return UnsupportedError(
-                "a batch can only be split where the loss is known",
-                fix="Pass loss_fn=, which maps outputs and targets to the loss.",
+        if self.step.refusal is not None:
+            return self.step.refusal
+        try:
+            batch = self.own_batch("a batch can only be split where the loss is known")
+        except (SampleSkippedError, UnsupportedError) as refusal:
+            return refusal
+        if not isinstance(self.step.loss, str) and self.step.loss.divides:
+            return SampleSkippedError(
+                f"the loss divides by {self.step.loss.divides} of each batch, so that its parts do not "
+                "add up",
+                fix=f"{_ACCUMULATE}.",
             )
-        if self.step.batch is None:
-            return no_micro_batch()
-        x, y = self.step.batch
         normalised = any(isinstance(m, _BatchNorm) and m.training for m in self.training.model.modules())
         least = FEWEST_NORMALISED if normalised else 1
-        pieces = min(self.pieces, examples(x) // least)
+        pieces = min(self.most_pieces, examples(batch.inputs) // least)
         if pieces < 2:
             return SampleSkippedError(
-                f"a batch is split into two or more pieces of {least} or more examples", got=examples(x)
+                f"a batch is split into two or more pieces of {least} or more examples",
+                got=examples(batch.inputs),
+                fix=f"Use batches of {2 * least} or more examples, or accumulate over several micro-batches.",
             )
         parameters = list(self._trained.values())
         gradients, counts = split_gradients(
-            self.training.model, self.training.loss_fn, x, y, pieces, parameters=parameters
+            self.training.model,
+            batch.loss_fn,
+            batch.inputs,
+            batch.targets,
+            pieces,
+            parameters=parameters,
+            forward=batch.forward,
         )
         sizes = counts.double()
         factors = torch.ones_like(sizes) if self._mean else 1.0 / sizes
@@ -487,6 +540,10 @@ class AutoSource(PartsCollector):
         if self._examples is not None:
             self._examples.enter(size)
 
+    def resize(self, size: int) -> None:
+        """The micro-batch has another number of examples than was thought."""
+        self._micro.resize(size)
+
     def exit(self) -> None:
         """A backward pass is done."""
         self._micro.exit()
@@ -510,10 +567,14 @@ class AutoSource(PartsCollector):
         if self._examples is None:
             return SampleSkippedError("this step has one micro-batch where the last had several")
         measured = self._examples.measure()
+        if self.step.batch is None:
+            return measured
+        split = SplitSource(self.training, self.step, self.memory)
+        if isinstance(measured, TooEarlyError):
+            split.most_pieces = MOST_SINGLE
+            return split.measure()
         too_little = self._examples.foreign or _covers_too_little(measured)
-        if self.training.loss_fn is not None and too_little:
-            return SplitSource(self.training, self.step, self.memory).measure()
-        return measured
+        return split.measure() if too_little else measured
 
     def close(self) -> None:
         """Take the hooks off."""

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..record.readings import last_part
+from ..stats.linalg import real_numbers
+
 INVARIANT = "scale_invariant"
 
 
@@ -23,7 +26,7 @@ class Section:
     Args:
         name: The last part of the log keys of its own readings.
         group: Index of the optimizer group.
-        parameters: How many numbers it holds.
+        parameters: How many real numbers it holds.
     """
 
     name: str
@@ -66,9 +69,10 @@ class Sections:
                 if not parameter.requires_grad:
                     continue
                 name = names.get(id(parameter), "other.parameter").replace("_orig_mod.", "")
-                label = "layer." + (name.rpartition(".")[0] or "model") if layers else group_name
+                layer = f"layer.{last_part(name.rpartition('.')[0], 'model')}"
+                label = layer if layers else group_name
                 key = (f"{label}.{INVARIANT}" if name in invariant else label, index)
-                sizes[key] = sizes.get(key, 0) + parameter.numel()
+                sizes[key] = sizes.get(key, 0) + real_numbers(parameter)
                 self._section[id(parameter)] = list(sizes).index(key)
                 self.parameters.append(parameter)
         labels = [label for label, _ in sizes]

@@ -35,6 +35,7 @@ _SUPPLIED_BY = {
     "batch_size": "monitor.micro_batch(x, y) around each forward and backward",
     "dataset_size": "Monitor(dataset_size=...)",
     "replacement": "Monitor(replacement=...)",
+    "fixed_order": "Monitor(fixed_order=...)",
 }
 
 
@@ -182,6 +183,7 @@ class Snapshot:
         batch_size: Examples behind this step's gradient.
         dataset_size: Examples in the training set.
         replacement: Whether batches are drawn with replacement.
+        fixed_order: Whether every epoch takes the same batches, which are then no draws at all.
         probe: The fixed batch.
         gradient_parts: Gradient norms of parts of the batch, from the best source at hand.
         example_parts: The same from single examples.
@@ -220,6 +222,7 @@ class Snapshot:
     batch_size: int
     dataset_size: int
     replacement: bool
+    fixed_order: bool
     probe: Probe
     gradient_parts: GradientParts
     example_parts: GradientParts

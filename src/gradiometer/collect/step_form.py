@@ -60,7 +60,7 @@ class ParameterStepCollector(Collector):
         names = {id(p): name for name, p in self.training.model.named_parameters()}
         reference, multiple = (
             float(optimizer.param_groups[0]["lr"]),
-            self.step.loss_multiple(self.training.loss_reduction),
+            self.step.loss_multiple(),
         )
         factors = StepFactorCollector(self.training, self.step, self.memory).result()
         steps = {name: ParameterStep(rate=0.0) for name in factors}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import SampleSkippedError, UnsupportedError
 from ..optimizers import displacements, family_of, rebuilds, squared_displacements
-from ..stats.linalg import inner_products, squared_norms
+from ..stats.linalg import in_reals, inner_products, squared_norms
 from .base import Collector, Memory, Step, Training
 from .snapshot import Update, Work
 
@@ -99,16 +99,16 @@ class WorkCollector(Collector):
         self._copies = [_copies(group["params"]) for group in self.training.optimizer.param_groups]
 
     def result(self) -> Work:
-        """Both inner products, in float64 throughout."""
+        """Both inner products, in float64 throughout, complex weights as pairs of reals."""
         if self._copies is None:
             raise _weights_not_seen()
         sections, family = self.step.sections, family_of(self.training.optimizer)
         gradient, displacement = [], []
         for old, group in zip(self._copies, self.training.optimizer.param_groups, strict=True):
             trained = _trained(group["params"])
-            old64 = [tensor.double() for tensor in old]
+            old64 = [in_reals(tensor).double() for tensor in old]
             after = [p.detach() for p in trained]
-            moved = [(a - b).double() for a, b in zip(old, after, strict=True)]
+            moved = [in_reals(a - b).double() for a, b in zip(old, after, strict=True)]
             displacement.append(sections.sums(inner_products, trained, old64, moved))
             used = family.used_gradients(self.training.optimizer, group, old64, moved)
             if used is None:

@@ -128,7 +128,7 @@ class Controller(ABC):
 
     knobs: ClassVar[Collection[str]] = ()
     """What it turns: ``"learning_rate"``, ``"batch_size"``, ``"run"`` (whether it goes on)."""
-    dry_run: bool
+    dry_run: bool = False
 
     @abstractmethod
     def observables(self) -> tuple[Observable, ...]:
@@ -209,53 +209,6 @@ class Controller(ABC):
             state: The memory, after a change or after resumption.
         """
         del state
-
-
-def check_number(
-    name: str,
-    value: Any,
-    *,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-    integer: bool = False,
-) -> None:
-    """Refuse a setting that is no number, or out of its range.
-
-    Args:
-        name: The setting.
-        value: What was given.
-        least: The smallest that will do.
-        above: What it has to be above.
-        below: What it has to be below.
-        integer: Whether it has to be a whole number.
-
-    Raises:
-        InputError: If it will not do.
-    """
-    number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
-    if not (number and value >= least and above < value < below):
-        limits = {"at least": least, "above": above, "below": below}
-        wants = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
-        kind = "a whole number" if integer else "a number"
-        raise InputError(
-            f"{name} must be {kind} {wants}",
-            got=repr(value),
-            fix=f"Leave {name}= out, or write such a number.",
-        )
-
-
-def check_dry_run(value: Any) -> None:
-    """Refuse what might be taken for the opposite.
-
-    Args:
-        value: What was given.
-
-    Raises:
-        InputError: If it is neither ``True`` nor ``False``.
-    """
-    if not isinstance(value, bool):
-        raise InputError("dry_run must be True or False", got=repr(value), fix="Write dry_run=True.")
 
 
 def check_controllers(controllers: Any) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-from ..errors import InputError
+from ..errors import InputError, check_choice, check_flag, check_number
 from ..observables import GradientNoiseScale, Observable
 from ..observables.gradient_noise_scale import SCALE, SCALE_LOWER_BOUND
 from ..record.readings import Decision
-from .base import Controller, Effect, State, View, check_dry_run, check_number
+from .base import Controller, Effect, State, View
 from .sampler import GrowingBatchSampler
 
 __all__ = [
@@ -110,17 +110,11 @@ class NoiseScaleBatchSize(Controller):
                 "DataLoader(dataset, batch_sampler=sampler) and NoiseScaleBatchSize(sampler=sampler).",
             )
         check_number("kappa", self.kappa, above=0)
-        if self.learning_rate not in get_args(Coupling):
-            raise InputError(
-                "unknown learning_rate",
-                got=repr(self.learning_rate),
-                fix=f"Write one of {', '.join(get_args(Coupling))}.",
-            )
-        for name in ("check_every", "patience", "max_batch_size"):
-            value = getattr(self, name)
-            if value is not None or name != "max_batch_size":
-                check_number(name, value, least=1, integer=True)
-        check_dry_run(self.dry_run)
+        check_choice("learning_rate", self.learning_rate, get_args(Coupling))
+        check_number("check_every", self.check_every, least=1, integer=True)
+        check_number("patience", self.patience, least=1, integer=True)
+        check_number("max_batch_size", self.max_batch_size, least=1, integer=True, optional=True)
+        check_flag("dry_run", self.dry_run)
 
     def turns(self) -> frozenset[str]:
         """The batch size, and the learning rate where it follows."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, check_number
 from ..stats.linalg import random_orthonormal_rows
-from .base import check_number
 
 __all__ = [
     "JacobianRegularizer",
@@ -74,9 +72,8 @@ class JacobianRegularizer:
 
     def __post_init__(self) -> None:
         """Check both numbers."""
-        check_number("strength", self.strength, least=0, below=math.inf)
-        if self.num_projections is not None:
-            check_number("num_projections", self.num_projections, least=1, integer=True)
+        check_number("strength", self.strength, least=0, example="0.1")
+        check_number("num_projections", self.num_projections, least=1, integer=True, optional=True)
 
     def __call__(self, x: Tensor, logits: Tensor) -> Tensor:
         """The term, in float32 at least."""

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-from ..errors import InputError
+from ..errors import check_choice, check_flag, check_number
 from ..observables import FluctuationDissipation, Observable
 from ..observables.fluctuation_dissipation import RATIO, STATIONARY, WEIGHT_NORM_SQ, why_undecided
 from ..record.readings import Decision
-from .base import Controller, Effect, State, View, check_dry_run, check_number
+from .base import Controller, Effect, State, View
 
 __all__ = [
     "EquilibriumLR",
@@ -111,19 +111,16 @@ class EquilibriumLR(Controller):
 
     def __post_init__(self) -> None:
         """Refuse settings that no run can use."""
-        if self.policy not in get_args(Policy):
-            raise InputError(
-                "unknown policy", got=repr(self.policy), fix=f"Write one of {', '.join(get_args(Policy))}."
-            )
+        check_choice("policy", self.policy, get_args(Policy))
         check_number("factor", self.factor, above=0, below=1)
         check_number("tolerance", self.tolerance, above=0)
         check_number("min_lr", self.min_lr, least=0)
         check_number("warmup_steps", self.warmup_steps, least=0, integer=True)
         check_number("max_drops", self.max_drops, least=1, integer=True)
         for name in ("patience", "check_every"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), least=1, integer=True)
-        check_dry_run(self.dry_run)
+            check_number(name, getattr(self, name), least=1, integer=True, optional=True)
+        for name in ("per_group", "decay_in_loss", "dry_run"):
+            check_flag(name, getattr(self, name))
 
     def observables(self) -> tuple[Observable, ...]:
         """The fluctuation-dissipation relation, decided as this policy asks for."""

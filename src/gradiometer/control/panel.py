@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from .. import parallel
 from ..errors import InputError
 from ..optimizers import GroupSettings
 from ..record.readings import Decision, Quantity
@@ -65,6 +64,8 @@ QUANTITIES: Mapping[str, Quantity] = {
         tells="steps where something was changed: a mark beside the loss curves",
     ),
 }
+Outcome: TypeAlias = tuple[list[dict[str, Any]], list[State], list[str]]
+"""Decisions, memories and messages as plain values, which processes can send each other."""
 _KEPT = 200
 """Changes, and refusals, of each controller that are kept in memory and in checkpoints."""
 _SILENT = 5
@@ -154,22 +155,22 @@ class ControlPanel:
         feeds = {observable.group for observable in self._controllers[index].observables()}
         return step >= self._states[index]["next"] and (not feeds or bool(feeds & recorded))
 
-    def decide(self, view: View, recorded: set[str], together: bool) -> tuple[list[Decision], list[str]]:
+    def decide(
+        self, view: View, recorded: set[str], share: Callable[[int, Callable[[], Outcome]], Outcome | None]
+    ) -> tuple[list[Decision], list[str]]:
         """One check of every controller that is due.
 
         Args:
             view: This step.
             recorded: As for :meth:`due`.
-            together: Whether all processes are here.
+            share: What process 0 makes at a step, on every process; ``None`` where they do not agree.
 
         Returns:
             What was decided, and what the user must be told once.
         """
-        alone = not together or parallel.rank() == 0
-        outcome = self._outcome(view, recorded) if alone else None
-        if together:
-            outcome = parallel.share(outcome)
-        assert outcome is not None
+        outcome = share(view.step, lambda: self._outcome(view, recorded))
+        if outcome is None:
+            return [], []
         made, self._states, messages = outcome
         decisions = [Decision.from_plain(fields) for fields in made]
         self.changes += sum(decision.acted for decision in decisions)
@@ -178,7 +179,7 @@ class ControlPanel:
             messages += self._carry_out()
         return decisions, messages
 
-    def _outcome(self, view: View, recorded: set[str]) -> tuple[list[dict[str, Any]], list[State], list[str]]:
+    def _outcome(self, view: View, recorded: set[str]) -> Outcome:
         """Decisions, memories and messages as plain values; a controller that fails decides nothing."""
         made: list[dict[str, Any]] = []
         states, messages = [], []
@@ -349,8 +350,11 @@ class ControlPanel:
             if memory is None:
                 continue
             if memory["dry_run"] == controller.dry_run:
-                self._states[index] = memory["memory"]
-                left.discard(name)
+                try:
+                    self._states[index] = _checked(controller, memory["memory"])
+                    left.discard(name)
+                except Exception as error:
+                    messages.append(f"{name} cannot go on from the checkpoint, and begins anew: {error}")
             elif memory["dry_run"]:
                 messages.append(f"{name} was a dry run in the checkpoint, and acts now: it begins anew.")
         if left and saved["changes"]:

@@ -9,7 +9,7 @@ from weakref import ref
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
-from ..errors import InputError
+from ..errors import InputError, check_flag, check_number
 
 __all__ = [
     "GrowingBatchSampler",
@@ -59,6 +59,7 @@ class GrowingBatchSampler(Sampler[list[int]]):
 
     def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool = False) -> None:
         _check_sampler(sampler)
+        check_flag("drop_last", drop_last)
         self.sampler = sampler
         self.batch_size = batch_size
         self.drop_last = drop_last
@@ -71,12 +72,7 @@ class GrowingBatchSampler(Sampler[list[int]]):
 
     @batch_size.setter
     def batch_size(self, size: int) -> None:
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise InputError(
-                "batch_size must be a whole number of examples, at least 1",
-                got=repr(size),
-                fix="Write sampler.batch_size = 64.",
-            )
+        check_number("batch_size", size, least=1, integer=True, example="64")
         self._batch_size = size
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..errors import check_flag, check_number
 from ..observables import FluctuationDissipation, Observable
 from ..observables.fluctuation_dissipation import RATIO, STATIONARY
 from ..record.readings import Decision
-from .base import Controller, Effect, State, View, check_dry_run, check_number
+from .base import Controller, Effect, State, View
 
 __all__ = ["StopWhenSettled"]
 
@@ -60,9 +61,8 @@ class StopWhenSettled(Controller):
         """Refuse settings that no run can use."""
         check_number("tolerance", self.tolerance, above=0)
         check_number("patience", self.patience, least=1, integer=True)
-        if self.check_every is not None:
-            check_number("check_every", self.check_every, least=1, integer=True)
-        check_dry_run(self.dry_run)
+        check_number("check_every", self.check_every, least=1, integer=True, optional=True)
+        check_flag("dry_run", self.dry_run)
 
     def observables(self) -> tuple[Observable, ...]:
         """The fluctuation-dissipation relation."""

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..collect.registry import COLLECTORS
 from ..collect.snapshot import Snapshot, present_name
-from ..errors import InputError, check_list
+from ..errors import InputError, check_choice, check_flag, check_list, check_number, shown
 from ..observables import Observable
+
+STATE_VERSION = 5
+"""Of the form of a monitor's state."""
+_PARTS = {"run", "settings", "probe", "control", "memories", "observables"}
 
 
 def check_run(
     model: Any,
     optimizer: Any,
     recorders: Any,
-    forward: Any,
-    dataset_size: Any,
-    replacement: Any,
 ) -> None:
     """Refuse what the settings are to be used on.
 
@@ -27,9 +30,6 @@ def check_run(
         model: As for :class:`~gradiometer.engine.monitor.Monitor`.
         optimizer: As there.
         recorders: As there.
-        forward: As there.
-        dataset_size: As there.
-        replacement: As there.
 
     Raises:
         InputError: With what to write instead.
@@ -40,6 +40,11 @@ def check_run(
             got=f"{type(model).__name__} and {type(optimizer).__name__}",
             fix="Write Monitor(model, optimizer).",
         )
+    if any(is_lazy(p) for p in model.parameters()):
+        raise InputError(
+            f"{type(model).__name__} has lazy modules, whose parameters have no shape yet",
+            fix="Call the model on a batch first, then make its optimizer and the Monitor.",
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
             f"{type(model).__name__} has no trainable parameter",
@@ -47,29 +52,58 @@ def check_run(
         )
     of = "callables (step, readings) -> None"
     check_list("recorders", recorders, of, callable, 'TensorBoardRecorder("runs/a")')
+
+
+def check_batches(
+    forward: Any = None,
+    dataset_size: Any = None,
+    replacement: Any = None,
+    batch_dim: Any = None,
+    batch_size: Any = None,
+    output: Any = None,
+    probe: Any = None,
+) -> None:
+    """Refuse what cannot be said of batches and of what the network makes of them.
+
+    Args:
+        forward: As for :class:`~gradiometer.engine.monitor.Monitor`.
+        dataset_size: As for :class:`~gradiometer.engine.monitor.Monitor`.
+        replacement: As for :class:`~gradiometer.engine.monitor.Monitor`.
+        batch_dim: As for :class:`~gradiometer.engine.monitor.Monitor`.
+        batch_size: As for :class:`~gradiometer.engine.monitor.Monitor`.
+        output: As for :class:`~gradiometer.engine.monitor.Monitor`.
+        probe: As for :class:`~gradiometer.engine.monitor.Monitor`; tried when there is a model.
+
+    Raises:
+        InputError: With what to write instead.
+    """
+    del probe
     if forward is not None and not callable(forward):
         raise InputError(
             "forward must be a callable (model, x) -> outputs [N, O]",
-            got=repr(forward),
+            got=shown(forward),
             fix="Write forward=lambda model, x: model(x).",
         )
-    if replacement not in (None, True, False):
+    if replacement is not None and not isinstance(replacement, bool):
         raise InputError(
             "replacement says whether batches are drawn with replacement",
-            got=repr(replacement),
+            got=shown(replacement),
             fix="Write replacement=False for a loader that shuffles, or leave it out.",
         )
-    if dataset_size is not None and (not isinstance(dataset_size, int) or dataset_size < 1):
+    check_number("dataset_size", dataset_size, least=1, integer=True, optional=True, example="len(dataset)")
+    check_number("batch_dim", batch_dim, least=0, integer=True, optional=True, example="0")
+    check_number("batch_size", batch_size, least=1, integer=True, optional=True, example="32")
+    if output is not None and (not isinstance(output, (int, str)) or isinstance(output, bool)):
         raise InputError(
-            "dataset_size must be a whole number of examples, at least 1",
-            got=repr(dataset_size),
-            fix="Write dataset_size=len(dataset).",
+            "output names a part of what the network returns: an index, a key or an attribute",
+            got=shown(output),
+            fix='Write output=0 or output="logits".',
         )
 
 
 def check_settings(
     observables: Any,
-    loss_reduction: str = "mean",
+    loss_reduction: str | None = None,
     probe_size: int = 32,
     prefix: str = "dynamics",
     on_error: str = "warn",
@@ -108,30 +142,50 @@ def check_settings(
     if loss_fn is not None and not callable(loss_fn):
         raise InputError(
             "loss_fn must be a callable (outputs, targets) -> loss",
-            got=repr(loss_fn),
+            got=shown(loss_fn),
             fix="Write loss_fn=torch.nn.functional.cross_entropy.",
         )
-    if not isinstance(layers, bool):
-        raise InputError("layers must be True or False", got=repr(layers), fix="Write layers=True.")
-    if loss_reduction not in ("mean", "sum"):
-        raise InputError("unknown loss_reduction", got=repr(loss_reduction), fix='Write "mean" or "sum".')
-    if not isinstance(probe_size, int) or probe_size < 1:
-        raise InputError("probe_size must be at least 1", got=repr(probe_size), fix="Write probe_size=32.")
-    if not isinstance(prefix, str) or not prefix or "/" in prefix:
+    check_flag("layers", layers)
+    if loss_reduction is not None:
+        check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+    check_number("probe_size", probe_size, least=1, integer=True, example="32")
+    if not isinstance(prefix, str) or not prefix.isprintable() or not prefix or "/" in prefix:
         raise InputError(
             "prefix must be one word without a slash",
-            got=repr(prefix),
+            got=shown(prefix),
             fix='Write prefix="dynamics".',
         )
-    if on_error not in ("warn", "raise"):
-        raise InputError("unknown on_error", got=repr(on_error), fix='Write "warn" or "raise".')
-    if budget is not None and (not isinstance(budget, (int, float)) or not 0 < budget < 1):
-        raise InputError("budget is a share between 0 and 1", got=repr(budget), fix="Write budget=0.05.")
+    check_choice("on_error", on_error, ("warn", "raise"))
+    check_number("budget", budget, above=0, below=1, optional=True, example="0.05")
+
+
+def check_state(state: Any) -> None:
+    """Refuse what is no state of a monitor, or lacks one of its parts.
+
+    Args:
+        state: As for :meth:`~gradiometer.engine.monitor.Monitor.load_state_dict`.
+
+    Raises:
+        InputError: With what to write instead.
+    """
+    fix = "Pass what monitor.state_dict() returned."
+    numbers = ("version", "step")
+    if not isinstance(state, Mapping) or not all(type(state.get(name)) is int for name in numbers):
+        kind = f"a {type(state).__name__}"
+        got = f"{kind} of {sorted(map(str, state))}" if isinstance(state, Mapping) else kind
+        raise InputError("this is no state of a monitor", got=got, fix=fix)
+    if state["step"] < 0:
+        raise InputError("the step of a monitor's state is not negative", got=state["step"], fix=fix)
+    mappings = [isinstance(state.get(name), Mapping) for name in ("memories", "observables")]
+    if state["version"] == STATE_VERSION and not (state.keys() >= _PARTS and all(mappings)):
+        raise InputError(
+            "this state of a monitor is not whole", got=f"the parts {sorted(map(str, state))}", fix=fix
+        )
 
 
 def _check_needs(observable: Observable) -> None:
     """Refuse an observable that asks for a field nobody supplies."""
-    for name in sorted(observable.required(recording=True) | observable.optional):
+    for name in sorted(observable.required(True) | observable.level_needs | observable.optional):
         if present_name(name) not in Snapshot.__annotations__:
             raise InputError(
                 f"{type(observable).__name__} needs the field {name!r}, and nobody supplies it",

@@ -66,14 +66,19 @@ class CostLedger:
         self._user_seconds = 0.0
         self._own_seconds = 0.0
 
-    def spent(self, name: str, step: int, seconds: float) -> None:
+    def spent(self, name: str, step: int, seconds: float, *, event: bool = True) -> None:
         """Note one event of an observable.
 
         Args:
             name: The observable's group.
             step: The step it happened at.
             seconds: Host time.
+            event: Whether it was sampled; what else is done for it belongs to the sample before.
         """
+        if not event:
+            if name in self._costs:
+                self._costs[name][-1] += seconds
+            return
         last = self._last.get(name)
         if last is None:
             self._costs[name] = deque(maxlen=_KEPT)

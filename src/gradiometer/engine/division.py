@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..autodiff.functional import Forward
 from ..autodiff.invariance import scale_invariant_weights
 from ..collect.sections import Sections
 from ..collect.snapshot import Probe
 from ..optimizers import group_settings
+from .calls import Calls
 from .guard import Guard
 
 
@@ -19,7 +19,7 @@ class Division:
     Args:
         model: The model being trained.
         optimizer: Its optimizer.
-        forward: Maps model and inputs to outputs.
+        calls: Knows how the network is run.
         guard: Says it where scale-invariant weights cannot be told apart.
         layers: Whether each layer is a section.
     """
@@ -28,12 +28,12 @@ class Division:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        forward: Forward,
+        calls: Calls,
         guard: Guard,
         *,
         layers: bool,
     ) -> None:
-        self._model, self._optimizer, self._forward = model, optimizer, forward
+        self._model, self._optimizer, self._calls = model, optimizer, calls
         self._guard, self._layers = guard, layers
         self.invariant: list[str] | None = None
         """Names of the weights whose scale does not change the outputs; ``None`` until looked for."""
@@ -83,7 +83,7 @@ class Division:
     def _find_invariant(self, probe: Probe) -> list[str]:
         """Names of the scale-invariant weights; none where the model cannot be run on the probe."""
         try:
-            return scale_invariant_weights(self._model, probe.inputs, self._forward)
+            return scale_invariant_weights(self._model, probe.inputs, self._calls.forward)
         except Exception as error:
             if not self._guard.contains:
                 raise

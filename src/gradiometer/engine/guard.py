@@ -9,7 +9,7 @@ from functools import wraps
 from time import perf_counter
 from typing import Literal, ParamSpec, TypeVar
 
-from ..errors import MeasurementWarning
+from ..errors import MeasurementWarning, printable
 from .causes import description_of
 
 P = ParamSpec("P")
@@ -42,7 +42,7 @@ class Guard:
         if (key or message) in self._said:
             return
         self._said.add(key or message)
-        message = self.translated(message)
+        message = "\n".join(map(printable, self.translated(message).splitlines()))
         try:
             warnings.warn(message, kind, stacklevel=2)
         except kind:

@@ -5,25 +5,46 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ..collect.registry import COLLECTORS
 from ..collect.snapshot import Snapshot
-from ..errors import TooEarlyError, UnsupportedError
+from ..errors import InputError, TooEarlyError, UnsupportedError
 from ..observables.base import Estimate, Observable, as_sample
-from ..record.readings import Reading, make_key, quantity_of
+from ..record.readings import Reading, make_key, measured, quantity_of
 from ..stats.estimators import Estimator
 from ..stats.jackknife import correlated_jackknife, t_quantile
 from .causes import description_of
+from .saved import opened, sealed
 from .step import Taking
 
 TRIES = 3
 """Failures in a row after which an observable is left out; skipped samples after which its record is."""
 
-_REMEMBERED = ("stretch", "seen", "owed", "skips", "failures", "retired")
+_BEGUN_ANEW = {
+    "settings": "its window began anew, because the optimizer's settings or the batch size jumped.",
+    "parameters": "its window began anew, because other parameters are trained.",
+}
+
+_REMEMBERED = ("stretch", "seen", "fresh", "note", "owed", "skips", "failures", "retired")
+
+
+class _Plan(NamedTuple):
+    """Whether a step counts as due, records, is sampled, and whether the sample is thorough."""
+
+    counted: bool
+    recording: bool
+    sampling: bool
+    thorough: bool
+
+    def with_record(self, *, fresh: bool) -> _Plan:
+        """The same with a record, which takes a sample itself unless there is a fresh one."""
+        return self._replace(
+            recording=True, sampling=self.sampling or not fresh, thorough=self.thorough or not fresh
+        )
 
 
 class Instrument:
@@ -38,19 +59,26 @@ class Instrument:
         self.observable = observable
         self.estimator = copy.deepcopy(cast("Estimator", observable.estimator))
         self._prefix = prefix
-        needs = observable.required(recording=True) | observable.required(recording=False)
-        self._ahead = frozenset(name for name in needs & COLLECTORS.keys() if COLLECTORS[name].ahead)
+        self.needs = observable.required(True) | observable.required(False) | observable.level_needs
+        self._ahead = frozenset(name for name in self.needs & COLLECTORS.keys() if COLLECTORS[name].ahead)
         self.stretch = 1
-        """Only every so many due steps are measured, to keep a budget."""
+        """Only one of so many due steps is measured, to keep a budget."""
         self.seen = 0
         """Due steps so far."""
+        self.fresh = False
+        """Whether a thorough sample was taken since the last record; a record without one takes it itself."""
+        self.note = ""
+        """What the last thorough sample had to say."""
         self.owed = False
         """Whether a record is outstanding, because its step could not be measured."""
         self.skips = self.failures = 0
-        """Samples skipped, and failures, since the last reading."""
+        """Records skipped, and failures, since the last reading."""
         self.retired = False
         self.why = ""
         """Why nothing was read last, as a clause that begins with "not "; empty where something was."""
+        self.reason = ""
+        """Why something that was read before is not read of late."""
+        self._keys_read: set[str] = set()
 
     @property
     def name(self) -> str:
@@ -65,23 +93,40 @@ class Instrument:
         """
         if self.retired:
             return None
-        observable, chosen = self.observable, self.owed
-        recording = self.owed
-        if observable.samples(step):
-            self.seen += 1
-            if (self.seen - 1) % self.stretch == 0:
-                chosen, recording = True, recording or observable.due(step)
-        ahead = self._needed_next(step) if self._ahead else frozenset()
-        if chosen:
-            return Taking(observable.group, recording, observable.required(recording), ahead)
-        if ahead:  # nothing is evaluated at this step
-            return Taking(observable.group, False, frozenset(), ahead, done=True)
-        return None
+        observable = self.observable
+        plan = self._plan(step, fresh=self.fresh)
+        if self.owed and not plan.recording:
+            plan = plan.with_record(fresh=self.fresh and observable.draws is not None)
+        self.seen += plan.counted
+        ahead: frozenset[str] = frozenset()
+        if self._ahead and self._plan(step + 1, fresh=self.fresh or plan.thorough).sampling:
+            ahead = self._ahead
+        if not (plan.recording or plan.sampling or ahead):
+            return None
+        needs = observable.required(plan.thorough) if plan.sampling else frozenset()
+        if plan.recording:
+            needs |= observable.level_needs
+        return Taking(
+            observable.group,
+            plan.recording,
+            needs,
+            ahead,
+            plan.sampling,
+            plan.thorough,
+            done=not (plan.recording or plan.sampling),  # nothing is evaluated at this step
+        )
 
-    def _needed_next(self, step: int) -> frozenset[str]:
-        """Fields whose collectors must run now, if the next step is due."""
-        due = self.observable.samples(step + 1) and self.seen % self.stretch == 0
-        return self._ahead if due else frozenset()
+    def _plan(self, step: int, *, fresh: bool) -> _Plan:
+        """What is due at a step, were it the next."""
+        observable, stretch = self.observable, self.stretch
+        counted = observable.samples(step) if observable.draws is None else observable.due(step)
+        chosen = counted and self.seen % stretch == 0
+        if observable.draws is None:
+            recording = chosen and observable.due(step)
+            return _Plan(counted, recording, chosen, recording)
+        sampling = observable.samples(step, stretch)
+        thorough = not fresh and (chosen or (sampling and observable.draws.chosen(step, stretch)))
+        return _Plan(counted, chosen, sampling or thorough, thorough)
 
     def take(self, taking: Taking, snapshot: Snapshot) -> None:
         """Evaluate the observable.
@@ -90,12 +135,23 @@ class Instrument:
             taking: Where the sample goes.
             snapshot: All that the observable may look at.
         """
-        answer = self.observable.statistics(snapshot)
+        answer = self.observable.statistics(snapshot) if taking.sampling else None
         if answer is not None:  # else it is not there yet
             taking.sample, taking.weight = as_sample(answer)
+        if taking.thorough:
+            self.note = self.observable.note(snapshot)
         if taking.recording:
             taking.levels = self.observable.levels(snapshot)
-            taking.note = self.observable.note(snapshot)
+
+    def add(self, taking: Taking) -> None:
+        """Average what was sampled.
+
+        Args:
+            taking: What was taken from this step.
+        """
+        if taking.sample is not None and not taking.failed:
+            self.estimator.add(taking.sample, taking.weight)
+            self.fresh = self.fresh or taking.thorough
 
     def read(self, taking: Taking, step: int, label: Callable[[str], str]) -> list[Reading]:
         """Close the block, read the averages, and add errors from leaving blocks out.
@@ -122,14 +178,24 @@ class Instrument:
         for name, value in values.items():
             estimate = value if isinstance(value, Estimate) else Estimate(value)
             own_note = estimate.note or "not resolved" * (not estimate.resolved)
-            note = "; ".join(filter(None, (taking.note, own_note)))
+            note = "; ".join(filter(None, (self.note, own_note)))
             if name in numbers:
                 readings.append(self._number(label(name), numbers[name], estimate, errors.get(name), note))
             else:
                 array = value.detach().cpu().numpy()
                 readings.append(self._reading(label(name), array, note=note, resolved=estimate.resolved))
         self.settled()
+        self._compare(readings)
         return readings
+
+    def _compare(self, readings: list[Reading]) -> None:
+        """Whether all is read that was ever read."""
+        keys = {reading.key for reading in measured(readings)}
+        if keys >= self._keys_read:
+            self.reason = ""
+        elif len(keys) < len(readings):
+            self.reason = "it is not a finite number."
+        self._keys_read |= keys
 
     def _number(
         self, name: str, row: Tensor, estimate: Estimate, jackknife: tuple[float, int] | None, note: str
@@ -171,7 +237,7 @@ class Instrument:
 
     def settled(self) -> None:
         """A reading is there: nothing is owed, and failures are counted anew."""
-        self.owed, self.skips, self.failures, self.why = False, 0, 0, ""
+        self.owed, self.fresh, self.skips, self.failures, self.why = False, False, 0, 0, ""
 
     def skip(self, taking: Taking, error: Exception) -> None:
         """A sample could not be had at this step; the next ones are tried, for a record a few times.
@@ -183,8 +249,9 @@ class Instrument:
         taking.drop()
         early = isinstance(error, TooEarlyError)
         self.why = f"{'not yet' if early else 'not measured'}: {description_of(error).rstrip('.')}"
-        self.skips += 1
-        self.owed = taking.recording and self.skips % (TRIES + 1) != 0
+        if taking.recording:
+            self.skips += 1
+            self.owed = self.skips % (TRIES + 1) != 0
 
     def fail(self, taking: Taking, error: Exception) -> None:
         """Retire what can never work, or has failed too often; the rest is tried again when it is due.
@@ -211,22 +278,35 @@ class Instrument:
         if reason not in self.observable.restarts:
             return False
         self.estimator.reset(everything=reason == "parameters")
+        self.reason = _BEGUN_ANEW[reason]
+        self.fresh = False
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """The estimator's state and what is remembered, as tensors and numbers."""
+        """The estimator's state, what is remembered, and what both rest on; tensors and plain values."""
         remembered = {name: getattr(self, name) for name in _REMEMBERED}
-        return {"estimator": self.estimator.state_dict(), **remembered}
+        state = {"estimator": self.estimator.state_dict(), "rests_on": self.observable.rests_on()}
+        return sealed(state | remembered)
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`.
+    def resumed(self, saved: Any) -> Instrument:
+        """One for the same observable that goes on from :meth:`state_dict`.
 
         Args:
             saved: What it returned.
+
+        Raises:
+            InputError: If that is damaged, or of other settings.
         """
-        self.estimator.load_state_dict(saved["estimator"])
+        content = opened(saved)
+        if content is None:
+            raise InputError("its part of the checkpoint is damaged")
+        if content["rests_on"] != self.observable.rests_on():
+            raise InputError("it was measured with other settings")
+        fresh = Instrument(self.observable, self._prefix)
+        fresh.estimator.load_state_dict(content["estimator"])
         for name in _REMEMBERED:
-            setattr(self, name, saved[name])
+            setattr(fresh, name, content[name])
+        return fresh
 
 
 def _as_rows(value: Any) -> Tensor:

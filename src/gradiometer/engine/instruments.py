@@ -8,7 +8,7 @@ from typing import Any
 
 from ..collect.base import no_micro_batch
 from ..collect.snapshot import Snapshot
-from ..errors import CostWarning, SampleSkippedError, TooEarlyError, UnsupportedError
+from ..errors import CostWarning, SampleSkippedError, TooEarlyError
 from ..observables import Observable
 from ..record.readings import Reading
 from .causes import description_of
@@ -16,7 +16,11 @@ from .cost import CostLedger
 from .guard import Guard
 from .instrument import TRIES, Instrument
 from .ranks import Ranks
+from .saved import Misfits
 from .step import StepUnderWay, Taking
+
+_OF_ALL = frozenset({"gradient_parts", "example_parts", "norm_layer_parts"})
+"""Fields that compare this process's gradient with the average over all of them."""
 
 
 class Instruments:
@@ -34,9 +38,9 @@ class Instruments:
         self, observables: Sequence[Observable], prefix: str, guard: Guard, ranks: Ranks, feeds: set[str]
     ) -> None:
         self._instruments = {observable.group: Instrument(observable, prefix) for observable in observables}
+        self._prefix = prefix
         self._guard, self._ranks, self._feeds = guard, ranks, feeds
-        self.without_probe: UnsupportedError | None = None
-        """Why no probe can be taken from the batches of this run."""
+        ranks.parted = self._leave_out
 
     def __getitem__(self, group: str) -> Instrument:
         """The instrument of one group."""
@@ -51,6 +55,11 @@ class Instruments:
     def measure(self) -> bool:
         """Whether any of them still measures."""
         return any(not instrument.retired for instrument in self._instruments.values())
+
+    def reasons(self) -> dict[str, str]:
+        """Why nothing was read last, or not of late, by group."""
+        named = {name: instrument.why or instrument.reason for name, instrument in self._instruments.items()}
+        return {name: reason for name, reason in named.items() if reason}
 
     def begin(self, step: int) -> list[Taking]:
         """What is due at a step.
@@ -103,7 +112,7 @@ class Instruments:
             instrument = self._instruments[taking.name]
             try:
                 if not snapshot.has("probe") and "probe" in taking.needs:
-                    raise self.without_probe or no_micro_batch()
+                    raise step.refusal or step.no_probe or no_micro_batch()
                 missing = self._missing(step, taking) if step.errors else ()
                 instrument.take(taking, snapshot)
                 for error in missing:
@@ -123,11 +132,13 @@ class Instruments:
                 raise step.errors[name]
         return [step.errors[name] for name in names]
 
-    def add(self, step: StepUnderWay) -> list[Taking]:
-        """Average what was sampled, over processes too where something is recorded.
+    def add(self, step: StepUnderWay, cost: CostLedger, budget: float | None) -> list[Taking]:
+        """Average what was sampled; where something is recorded over processes too, and the budget is kept.
 
         Args:
             step: The step under way.
+            cost: What measuring has cost so far.
+            budget: Largest share of the loop's time; no limit when ``None``.
 
         Returns:
             What records at this step.
@@ -137,20 +148,33 @@ class Instruments:
             if error is not None and not self._ranks.together:
                 taking.error = None
                 self._settle(self._instruments[taking.name], taking, error, step.number, ready=step.ready)
-            if taking.sample is not None and not taking.failed:
-                try:
-                    self._instruments[taking.name].estimator.add(taking.sample, taking.weight)
-                except Exception as error:
-                    self.fail(step, taking, error)
+            try:
+                self._instruments[taking.name].add(taking)
+            except Exception as error:
+                self.fail(step, taking, error)
         recording = [taking for taking in step.takings if taking.recording]
-        if recording and self._ranks.together:
-
-            def settle(instrument: Instrument, taking: Taking, error: Exception) -> None:
-                self._settle(instrument, taking, error, step.number, ready=step.ready)
-
-            pairs = [(self._instruments[taking.name], taking) for taking in recording]
-            self._ranks.reduce(pairs, settle)
+        if not recording:
+            return []
+        dearest = -1 if budget is None else cost.dearest(budget, self._instruments, self._feeds)
+        if self._ranks.together:
+            dearest = self._reduce(step, recording, dearest)
+        if dearest >= 0:
+            self._stretch(list(self._instruments.values())[dearest], cost, budget)
         return recording
+
+    def _reduce(self, step: StepUnderWay, recording: Sequence[Taking], dearest: int) -> int:
+        """Average over processes; the position of what is to be measured less often."""
+
+        def settle(instrument: Instrument, taking: Taking, error: Exception) -> None:
+            self._settle(instrument, taking, error, step.number, ready=step.ready)
+
+        pairs = [(self._instruments[taking.name], taking) for taking in recording]
+        return self._ranks.reduce(step.number, pairs, settle, dearest)
+
+    def _leave_out(self) -> None:
+        """What needs every process at the same step, and cannot know any more whether it is."""
+        for instrument in self._instruments.values():
+            instrument.retired = instrument.retired or bool(instrument.needs & _OF_ALL)
 
     def read(
         self,
@@ -197,6 +221,8 @@ class Instruments:
     def fail(self, step: StepUnderWay, taking: Taking, error: Exception) -> None:
         """Contain an error; on several processes all settle it at their next record.
 
+        A thorough sample that fails before its record is tried again there, and fails for good there.
+
         Args:
             step: The step under way.
             taking: What was to be taken from it.
@@ -206,6 +232,8 @@ class Instruments:
             raise error
         if self._ranks.together:
             self._ranks.keep(taking, error)
+        elif taking.thorough and not taking.recording and not isinstance(error, SampleSkippedError):
+            taking.drop()
         else:
             self._settle(self._instruments[taking.name], taking, error, step.number, ready=step.ready)
 
@@ -214,6 +242,7 @@ class Instruments:
     ) -> None:
         """Say it once, and let the instrument try again or retire."""
         what = f"{type(instrument.observable).__name__} at step {step}"
+        instrument.reason = description_of(error)
         if isinstance(error, SampleSkippedError):
             instrument.skip(taking, error)
             # where before_step() is missing, one warning has said so
@@ -228,7 +257,7 @@ class Instruments:
             fate = "It is left out from here on."
             if instrument.name in self._feeds:
                 fate += " Controllers that decide by it do nothing from here on."
-        text = description_of(error)
+        text = instrument.reason
         self._guard.warn(f"{what}: {text} {fate} Training goes on.", f"{instrument.name}:{text}")
 
     def owe(self, takings: Sequence[Taking]) -> None:
@@ -241,40 +270,48 @@ class Instruments:
             instrument = self._instruments[taking.name]
             instrument.owed = instrument.owed or taking.recording
 
-    def keep_budget(self, cost: CostLedger, budget: float | None) -> None:
-        """Double the cadence of the dearest observable while the sum of shares is above the budget.
-
-        Args:
-            cost: What measuring has cost so far.
-            budget: Largest share of the loop's time; no limit when ``None``.
-        """
-        if budget is None:
-            return
-        dearest = self._ranks.first(cost.dearest(budget, self._instruments, self._feeds))
-        if dearest >= 0:
-            instrument = list(self._instruments.values())[dearest]
-            instrument.stretch *= 2
-            cost.stretched(instrument.name)
-            message = f"measuring is above budget={budget}: {instrument.name} is measured half as often"
-            self._guard.warn(message, instrument.name, CostWarning)
-
-    def reasons(self) -> dict[str, str]:
-        """Why nothing was read last, by group; those that were read are left out."""
-        return {name: instrument.why for name, instrument in self._instruments.items() if instrument.why}
+    def _stretch(self, instrument: Instrument, cost: CostLedger, budget: float | None) -> None:
+        """Double the cadence of the dearest observable."""
+        instrument.stretch *= 2
+        cost.stretched(instrument.name)
+        message = f"measuring is above budget={budget}: {instrument.name} is measured half as often"
+        self._guard.warn(message, instrument.name, CostWarning)
 
     def state_dict(self) -> dict[str, Any]:
-        """States by group."""
-        return {name: instrument.state_dict() for name, instrument in self._instruments.items()}
+        """States by group; one that cannot be had is left out, and that is said."""
+        states = {}
+        for name, instrument in self._instruments.items():
+            try:
+                states[name] = instrument.state_dict()
+            except Exception as error:
+                if not self._guard.contains:
+                    raise
+                text = f"the checkpoint is made without {name}: {description_of(error)}"
+                self._guard.warn(f"{text} After resuming from it, {name} begins anew.", f"saving {name}")
+        return states
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> list[str]:
-        """Continue from :meth:`state_dict`.
+    def resume(
+        self, saved: Mapping[str, Any], unfit: Callable[[Observable], str], misfits: Misfits
+    ) -> list[str]:
+        """Continue from :meth:`state_dict`; each goes on as a whole, or begins anew.
 
         Args:
             saved: What it returned.
+            unfit: Why an observable cannot go on, empty where it can.
+            misfits: Where it is noted that one begins anew.
 
         Returns:
             Groups that are not measured here.
         """
-        for name in saved.keys() & self._instruments.keys():
-            self._instruments[name].load_state_dict(saved[name])
+        for name, instrument in self._instruments.items():
+            observable = instrument.observable
+            self._instruments[name] = Instrument(observable, self._prefix)
+            reason = unfit(observable)
+            if not reason and name in saved:
+                try:
+                    self._instruments[name] = instrument.resumed(saved[name])
+                except Exception as error:
+                    reason = description_of(error).removesuffix(".")
+            if reason:
+                misfits.add(reason, name)
         return [name for name in saved if name not in self._instruments]

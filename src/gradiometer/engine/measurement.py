@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from .. import parallel
-from ..autodiff.functional import Forward
 from ..collect.base import Memory, Training
 from ..collect.compilation import CompilerWatch
 from ..collect.registry import COLLECTORS
 from ..collect.snapshot import Probe, Snapshot
 from ..control import Controller, View
-from ..errors import UnsupportedError
 from ..observables import Observable
 from ..record.base import Recorder
 from ..record.readings import Decision, Reading
+from .calls import Calls, Hints, Shown
 from .changes import Settings
+from .checkpoint import Resumable
 from .cost import CostLedger
 from .division import Division
 from .guard import Guard
 from .instruments import Instruments
-from .output import Output, ignore
-from .probe import first_examples, saved_probe
+from .output import Output
 from .ranks import Ranks
 from .steering import Steering
 from .step import EARLY, StepUnderWay, Taking
 from .step_watch import StepWatch
 
+MODEL = "another model"
 
-class Measurement:
+
+class Measurement(Resumable):
     """The rooms of the engine, and the way of one step through them.
 
     Args:
@@ -41,10 +39,12 @@ class Measurement:
         controllers: What acts on readings.
         recorders: Where readings go.
         guard: Contains errors, and counts time.
-        forward: Maps model and inputs to outputs.
+        hints: What is said of the network's calls.
         probe: The fixed batch, where one was given.
+        probe_size: Examples in a probe that is taken from the first batch.
         dataset_size: Examples in the training set, where it is known.
         replacement: Whether batches are drawn with replacement, where it is known.
+        fixed_order: Whether every epoch takes the same batches, where it is known.
         layers: Whether each layer is a section.
         prefix: First part of every key.
         budget: Largest share of the loop's time.
@@ -58,55 +58,95 @@ class Measurement:
         recorders: Sequence[Recorder],
         guard: Guard,
         *,
-        forward: Forward,
+        hints: Hints,
         probe: Probe | None,
+        probe_size: int,
         dataset_size: int | None,
         replacement: bool | None,
+        fixed_order: bool | None,
         layers: bool,
         prefix: str,
         budget: float | None,
     ) -> None:
         model, optimizer = training.model, training.optimizer
         self.training, self.guard = training, guard
-        self.probe, self._probe_is_given = probe, probe is not None
+        self.probe, self._probe_is_given, self._probe_is_taken = probe, probe is not None, False
         self.cost = CostLedger()
         self.output = Output(prefix, recorders, guard, observables)
-        self.division = Division(model, optimizer, forward, guard, layers=layers)
+        self.compiler = CompilerWatch()
+        self.calls = Calls(training, hints, self.compiler)
+        self.division = Division(model, optimizer, self.calls, guard, layers=layers)
         self.steering = Steering(controllers, optimizer, self.division.names, guard, prefix)
-        self.ranks = Ranks(model)
+        self.ranks = Ranks(model, prefix, guard)
         self.instruments = Instruments(observables, prefix, guard, self.ranks, self.steering.feeds)
         self.memories: dict[str, Memory] = {name: {} for name in COLLECTORS}
         self.settings = Settings()
-        self.compiler = CompilerWatch()
         self._step_watch = StepWatch(training)
-        self._forward, self._dataset_size, self._replacement = forward, dataset_size, replacement
+        self._probe_size, self._dataset_size, self._replacement = probe_size, dataset_size, replacement
         self._controllers, self._prefix, self._budget = tuple(controllers), prefix, budget
+        self._fixed_order = fixed_order
         self._updates = self._micro_batches_before = 0
         self._idle = StepUnderWay(0, self.division.sections)
 
-    @property
-    def met(self) -> bool:
-        """Whether nothing more is needed of a first batch."""
-        probed = self.probe is not None or self.instruments.without_probe is not None
-        return self.ranks.together is not None and probed
-
-    def meet(self, step: int, x: Any, y: Tensor | None, probe_size: int) -> None:
-        """What the first batch is needed for: processes agree, and the probe is taken.
+    def meet(self, step: int) -> None:
+        """Other processes are told of this one, at the first batch.
 
         Args:
             step: The optimizer step.
-            x: The model's inputs.
-            y: Their targets.
-            probe_size: Examples in the probe.
         """
+        if not self.ranks.announced:
+            plan = (self.instruments.observables, self._budget, self._controllers, step, self.probe is None)
+            self.ranks.announce(plan)
+
+    def _agree(self) -> None:
+        """Once, after a first backward pass: whether all processes measure the same, on rank 0's probe."""
         if self.ranks.together is None:
-            plan = (self.instruments.observables, self._budget, self._controllers, step)
-            self.ranks.agree(self._prefix, plan, self.guard)
-        if self.probe is None and self.instruments.measure:
+            probe = self.ranks.agree(self.probe if self._probe_is_taken else None)
+            self.probe = probe or self.probe
+
+    def enter(self, step: StepUnderWay, shown: Shown) -> None:
+        """A micro-batch begins.
+
+        Args:
+            step: The step under way.
+            shown: The micro-batch.
+        """
+        size = self.calls.size(shown.x)
+        step.sizes.append(size)
+        if step.takings:
+            self.calls.listen(shown, needed=step.asks_for_batch)
+            step.enter(size)
+
+    def exit(self, step: StepUnderWay, shown: Shown, *, broken: bool) -> None:
+        """Its backward pass is done, or an exception has ended it.
+
+        Args:
+            step: The step under way.
+            shown: The micro-batch.
+            broken: Whether it ended in an exception.
+        """
+        step.exit()
+        step.broken = broken
+        if broken:
+            self.calls.stop()
+        else:
+            self._learn(step, shown)
+
+    def _learn(self, step: StepUnderWay, shown: Shown) -> None:
+        """Take the probe, at the first batch."""
+        capture = self.calls.heard(step, shown)
+        step.refusal = self.calls.refusal
+        if self.probe is None and step.refusal is None and self.instruments.measure:
             try:
-                self.probe = first_examples(x, y, probe_size, together=bool(self.ranks.together))
-            except UnsupportedError as error:
-                self.instruments.without_probe = error
+                self.probe = Probe(*self.calls.probe(capture, shown, self._probe_size))
+            except Exception as error:  # said by what needs the probe
+                if not self.guard.contains:
+                    raise
+                step.no_probe = error
+                return
+            self._probe_is_taken = True
+            self._divide(step.takings)
+            step.sections = self.division.sections
 
     def begin(self, number: int) -> StepUnderWay:
         """Find out what is due and make the collectors for it, and for nothing else.
@@ -127,7 +167,11 @@ class Measurement:
             updates=self._updates,
             drifts=self.settings.drifts,
             compiler=self.compiler,
-            recording=any(taking.recording for taking in takings),
+            reduction=self.calls.reduction,
+            loss=self.calls.loss,
+            axes=self.calls.axes,
+            refusal=self.calls.refusal,
+            recording=any(taking.recording or taking.thorough for taking in takings),
             takings=takings,
         )
         step.collect(self.training, self.memories)
@@ -192,6 +236,8 @@ class Measurement:
             fields["batch_size"] = _examples(step)
         if self._replacement is not None:
             fields["replacement"] = self._replacement
+        if self._fixed_order is not None:
+            fields["fixed_order"] = self._fixed_order
         if self.probe is not None:
             fields["probe"] = self.probe
         if self._dataset_size is not None:
@@ -199,10 +245,10 @@ class Measurement:
         return Snapshot(
             step=step.number,
             model=self.training.model,
-            forward=self._forward,
+            forward=self.calls.forward,
             groups=self.division.groups,
             sections=self.division.sections.sections,
-            loss_reduction=self.training.loss_reduction,
+            loss_reduction=step.reduction,
             loss_fn=self.training.loss_fn,
             **fields,
         )
@@ -214,6 +260,7 @@ class Measurement:
             step: The step under way.
         """
         self._tell(self._step_watch.step_announced())
+        self._agree()
         with self.steering.rates_in_force():
             step.before_step()
             early = [taking for taking in step.takings if not taking.done and taking.needs <= EARLY]
@@ -241,6 +288,7 @@ class Measurement:
         Args:
             step: The step under way.
         """
+        self._agree()
         step.updates, step.drifts = self._updates, self.settings.drifts
         late = [taking for taking in step.takings if not taking.done]
         try:
@@ -249,6 +297,8 @@ class Measurement:
                 self.division.stale = False
             self.evaluate(step, late)
         except Exception as error:  # the other processes are waiting for this one's record
+            if not self.guard.contains:
+                raise
             for taking in late:
                 if not taking.done:
                     self.instruments.keep(taking, error)
@@ -260,10 +310,9 @@ class Measurement:
         Args:
             step: The step under way.
         """
-        recording = self.instruments.add(step)
+        recording = self.instruments.add(step, self.cost, self._budget)
         if not recording and not self.steering.due(step.number):
             return
-        self.instruments.keep_budget(self.cost, self._budget)
         readings = self.instruments.read(step, recording, self.division.label, self.output.latest)
         controlled, decisions = self._control(step, {taking.name for taking in recording}, readings)
         readings += controlled
@@ -273,7 +322,7 @@ class Measurement:
         seconds = float(sum(taking.seconds for taking in step.takings))
         readings += self.cost.readings(self._prefix, seconds)
         if decisions:
-            self.output.hand_on(lambda recorder: getattr(recorder, "record_decisions", ignore)(decisions))
+            self.output.decide(decisions)
         self.output.add(step.logged, readings, self.division.groups)
 
     def _control(
@@ -295,8 +344,8 @@ class Measurement:
                 dataset_size=self._dataset_size,
             )
 
-        groups, together = self.division.groups, self.ranks.together
-        return self.steering.follow(step.number, recorded, groups, examples_seen, view, together)
+        groups = self.division.groups
+        return self.steering.follow(step.number, recorded, groups, examples_seen, view, self.ranks)
 
     def finish(self, step: StepUnderWay | None, loop_seconds: float | None) -> None:
         """Take everything off, and note the cost.
@@ -313,7 +362,7 @@ class Measurement:
                 measured += step.seconds_in_hooks()
                 step.share_costs()
                 for taking in step.takings:
-                    self.cost.spent(taking.name, step.number, taking.seconds)
+                    self.cost.spent(taking.name, step.number, taking.seconds, event=taking.sampling)
                 step.close()
         else:
             self._micro_batches_before = 0
@@ -329,60 +378,6 @@ class Measurement:
         """
         self.instruments.owe(step.takings)
         step.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that readings depend on, as tensors and numbers."""
-        probe = self.probe
-        memories = {
-            name: {part: memory[part] for part in COLLECTORS[name].saved if part in memory}
-            for name, memory in self.memories.items()
-        }
-        return {
-            "updates": self._updates,
-            "micro_batches": self._micro_batches_before,
-            "probe": None if probe is None else {"inputs": probe.inputs, "targets": probe.targets},
-            "scale_invariant": self.division.invariant,
-            "settings": self.settings.state_dict(),
-            "turned": self.steering.turned,
-            "control": self.steering.state_dict(),
-            "sections": [astuple(section) for section in self.division.sections.sections],
-            "memories": {name: memory for name, memory in memories.items() if memory},
-            "observables": self.instruments.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`.
-
-        Args:
-            state: What it returned.
-        """
-        self._updates = state["updates"]
-        self._micro_batches_before = state["micro_batches"]
-        self.settings.load_state_dict(state["settings"])
-        self.division.invariant = state["scale_invariant"]
-        self.division.divide()
-        for name, memory in state["memories"].items():
-            self.memories[name].update(memory)
-        self._load_probe(state["probe"])
-        unknown = self.instruments.load_state_dict(state["observables"])
-        if [astuple(section) for section in self.division.sections.sections] != state["sections"]:
-            self.restart("parameters")
-        if unknown:
-            self.guard.warn(
-                f"the checkpoint also holds {sorted(unknown)}, which this monitor does not measure."
-            )
-        self.steering.turned = state["turned"]
-        self.steering.load_state_dict(state["control"])
-
-    def _load_probe(self, saved: Mapping[str, Any] | None) -> None:
-        """The probe of the checkpoint, unless another one was given."""
-        if saved is not None and self._probe_is_given:
-            self.guard.warn(
-                "the probe given to Monitor is used, not the one in the checkpoint: kernels before "
-                "and after cannot be compared unless they are the same."
-            )
-        elif saved is not None:
-            self.probe = saved_probe(saved, self.ranks.device)
 
 
 def _examples(step: StepUnderWay) -> int:

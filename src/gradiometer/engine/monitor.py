@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..autodiff.functional import Forward, examples, matrix_forward
+from ..autodiff.functional import Forward, matrix_forward
 from ..autodiff.untouched import original
 from ..collect.base import LossFunction, Training
-from ..collect.call import split_batch
+from ..collect.batch import split_batch
 from ..control import Controller, check_controllers, with_needed
 from ..errors import InputError
 from ..observables import Observable, default_observables
@@ -27,14 +27,14 @@ from ..optimizers import step_was_made, unwrapped
 from ..record.base import Recorder
 from ..record.readings import Decision, Reading
 from ..record.table import table
-from .checks import check_run, check_settings
+from .calls import Hints, Shown
+from .checks import STATE_VERSION, check_batches, check_run, check_settings, check_state
 from .cost import CostLedger
 from .guard import Guard, contained
 from .measurement import Measurement
 from .probe import given_probe
 from .step import StepUnderWay
 
-STATE_VERSION = 4
 _OLDER = {3: "0.1.0"}
 
 
@@ -47,17 +47,25 @@ class Monitor:
         observables: What to measure; the default set when ``None``.
         controllers: What acts on readings; the observables they need are added.
         recorders: Where readings go: callables ``(step, readings) -> None``.
-        forward: Maps ``(model, x)`` to outputs ``[N, O]``. By default ``model(x)``; logits of a mapping,
-            the last position of a sequence.
-        loss_reduction: Whether the loss is the ``"mean"`` or the ``"sum"`` over a batch's examples.
+        forward: Maps ``(model, x)`` to outputs ``[N, O]``, with what ``micro_batch`` was given. By default
+            what the network is really called with and returns: its first tensor that holds the examples,
+            the logits of a mapping, the last position of a sequence.
+        loss_reduction: Whether the loss is the ``"mean"`` or the ``"sum"`` over a batch's examples; read off
+            the graph of the loss, else a mean, when ``None``.
+        network: Path of the network within the model; found by its calls when ``None``.
         probe: Fixed batch for kernels and Jacobians, ``x`` or ``(x, y)``; by default the first
             ``probe_size`` examples of the first batch. It is kept in the checkpoint.
         probe_size: Examples in the default probe.
+        batch_dim: Dimension of the inputs that counts the examples; found by trying when ``None``.
+        batch_size: Examples in a batch, which decides where two dimensions might count them.
+        output: Which part of what the network returns holds its outputs: an index, a key or an attribute.
         dataset_size: Examples in the training set, for SGD's noise scale.
         replacement: Whether batches are drawn with replacement; unknown when ``None``. A loader that
             shuffles draws without.
+        fixed_order: Whether every epoch takes the same batches in the same order, which are then no draws.
         loss_fn: Maps the model's outputs and targets to the loss of a batch. Only what makes passes of its
-            own needs it: a noise scale from a batch that is split, curvature.
+            own needs it: a noise scale from a batch that is split, curvature. Many losses are read off their
+            graph.
         layers: Whether noise and fluctuation-dissipation are also read for every layer.
         prefix: First part of every log key; no slash.
         on_error: ``"warn"`` turns failures into one warning and ``nan``; ``"raise"`` is for tests.
@@ -95,11 +103,16 @@ class Monitor:
         controllers: Sequence[Controller] = (),
         recorders: Sequence[Recorder] = (),
         forward: Forward | None = None,
-        loss_reduction: Literal["mean", "sum"] = "mean",
+        loss_reduction: Literal["mean", "sum"] | None = None,
+        network: str | None = None,
         probe: Any = None,
         probe_size: int = 32,
+        batch_dim: int | None = None,
+        batch_size: int | None = None,
+        output: int | str | None = None,
         dataset_size: int | None = None,
         replacement: bool | None = None,
+        fixed_order: bool | None = None,
         loss_fn: LossFunction | None = None,
         layers: bool = False,
         prefix: str = "dynamics",
@@ -110,7 +123,8 @@ class Monitor:
         check_controllers(controllers)
         wanted = default_observables() if observables is None else observables
         check_settings(wanted, loss_reduction, probe_size, prefix, on_error, budget, loss_fn, layers)
-        check_run(model, optimizer, recorders, forward, dataset_size, replacement)
+        check_run(model, optimizer, recorders)
+        check_batches(forward, dataset_size, replacement, batch_dim, batch_size, output)
         for controller in controllers:
             controller.check_run(dataset_size)
         self.model, self.optimizer = model, optimizer
@@ -118,7 +132,6 @@ class Monitor:
         self.logged_step: int | None = None
         """The step under which this batch's loss is logged, where that is not the number of steps made."""
         self.dataset_size = dataset_size
-        self._probe_size = probe_size
         self.guard = Guard(on_error)
         self._measurement = Measurement(
             Training(model, unwrapped(optimizer), loss_reduction, loss_fn),
@@ -126,15 +139,20 @@ class Monitor:
             controllers,
             recorders,
             self.guard,
-            forward=forward or matrix_forward,
+            hints=Hints(forward, network, batch_dim, output, batch_size, probe is not None),
             probe=None if probe is None else given_probe(model, forward or matrix_forward, probe),
+            probe_size=probe_size,
             dataset_size=dataset_size,
             replacement=replacement,
+            fixed_order=fixed_order,
             layers=layers,
             prefix=prefix,
             budget=budget,
         )
         self._step: StepUnderWay | None = None
+        self._shown: Shown | None = None
+        """The micro-batch that has begun and not ended."""
+        self._takes_batches = forward is not None
         self._closed = False
         self._step_began: float | None = None
         self._handle = unwrapped(optimizer).register_step_post_hook(self._after_step)
@@ -150,38 +168,48 @@ class Monitor:
         """
         return _MicroBatch(self, x, y)
 
-    @contained("starting a micro-batch")
     def begin_micro_batch(self, x: Any, y: Tensor | None = None) -> None:
         """As entering :meth:`micro_batch`, for loops made of callbacks."""
+        self._enter(Shown(x, y))
+
+    @contained("starting a micro-batch")
+    def _enter(self, shown: Shown) -> None:
         if self._closed:
             return
         step = self._measurement.joined(self._step)
         if step is None and self._step is not None:
             self._abandon_step()
-        if not self._measurement.met:
-            self._measurement.meet(self.step, x, y, self._probe_size)
+        self._measurement.meet(self.step)
         if step is None:
             step = self._begin_step()
-        size = examples(x)
-        step.sizes.append(size)
-        if step.takings:
-            step.enter(size, x, y)
+        self._shown = shown
+        self._measurement.enter(step, shown)
 
     def begin_batch(self, batch: Any, input_key: str | None = None, target_key: str | None = None) -> None:
-        """As :meth:`begin_micro_batch`, with a whole batch: a pair, or a mapping with these keys.
+        """As :meth:`begin_micro_batch`, with what the loader gives.
+
+        A ``forward`` that was given is called with all of it. Else the first entry of a pair, or a mapping's
+        entry of a usual name, are the inputs; what the network is really called with goes before.
 
         Args:
             batch: What the loader gives.
             input_key: Key of the inputs in a mapping.
             target_key: Key of the targets in a mapping.
         """
-        pair = self._split(batch, input_key, target_key)
-        if pair is not None:
-            self.begin_micro_batch(*pair)
+        shown = self._split(batch, input_key, target_key)
+        if shown is not None:
+            self._enter(shown)
 
     @contained("reading the batch")
-    def _split(self, batch: Any, input_key: str | None, target_key: str | None) -> tuple[Any, Tensor | None]:
-        return split_batch(batch, input_key, target_key)
+    def _split(self, batch: Any, input_key: str | None, target_key: str | None) -> Shown:
+        named = input_key is not None or target_key is not None
+        try:
+            x, y = split_batch(batch, input_key, target_key)
+        except InputError:
+            if named:
+                raise
+            return Shown(batch, None, named=False)
+        return Shown(batch if self._takes_batches else x, y, named=target_key is not None)
 
     def end_micro_batch(self, *, broken: bool = False) -> None:
         """As leaving :meth:`micro_batch`.
@@ -189,14 +217,14 @@ class Monitor:
         Args:
             broken: Whether an exception ended it.
         """
-        if self._step is not None and self._step.takings:
+        if self._shown is not None and self._step is not None and self._step.takings:
             self._leave(broken)
+        self._shown = None
 
     @contained("ending a micro-batch")
     def _leave(self, broken: bool) -> None:
-        if self._step is not None:
-            self._step.exit()
-            self._step.broken = broken
+        if self._step is not None and self._shown is not None:
+            self._measurement.exit(self._step, self._shown, broken=broken)
 
     def before_step(
         self, *, grad_scale: float = 1.0, loss_scale: float | None = None, loss_divisor: float | None = None
@@ -210,6 +238,7 @@ class Monitor:
             loss_divisor: What each micro-batch's loss was divided by. When ``None``: the number of
                 micro-batches for a mean loss, 1 for a summed one.
         """
+        self.end_micro_batch()
         step = self._step
         if step is not None and not step.takings:
             step.ready = True
@@ -303,8 +332,15 @@ class Monitor:
 
     def table(self) -> str:
         """The closing table: reading, error, unit, sentence, cost."""
-        reasons, decisions = self._measurement.instruments.reasons(), self._measurement.steering.describe()
-        return self.guard.translated(table(self.latest, self.cost.describe(), decisions, reasons=reasons))
+        measured = self._measurement
+        rows = table(
+            self.latest,
+            self.cost.describe(),
+            measured.steering.describe(),
+            past=measured.output.past,
+            reasons=measured.instruments.reasons(),
+        )
+        return self.guard.translated(rows)
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -328,7 +364,9 @@ class Monitor:
         """Remove the hooks, close the recorders and end all measuring; may be called twice."""
         self._closed = True
         self._handle.remove()
+        self._measurement.ranks.leave()
         self._measurement.steering.close()
+        self._measurement.calls.stop()
         if self._step is not None:
             self._step.close()
             self._step = None
@@ -352,22 +390,26 @@ class Monitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
 
+        What does not fit this run begins anew, and a warning says so: what was measured on another model,
+        with other settings, by another version, and whatever was damaged.
+
         Args:
             state: What ``state_dict`` returned, also after a round trip through ``torch.save``.
 
         Raises:
-            InputError: If it was written by a version with another form of state.
+            InputError: If it is no state of a monitor; then nothing has changed.
         """
-        version = state["version"]
-        if version != STATE_VERSION:
-            wrote = _OLDER.get(version, "that wrote the checkpoint")
-            raise InputError(
-                f"this version reads monitor states of version {STATE_VERSION}",
-                got=version,
-                fix=f"Install the version of gradiometer {wrote}, or leave the monitor's state out.",
-            )
+        check_state(state)
         self.step = state["step"]
-        self._measurement.load_state_dict(state)
+        version = state["version"]
+        if version == STATE_VERSION:
+            self._measurement.load_state_dict(state)
+            return
+        self.guard.warn(
+            f"the checkpoint holds a monitor's state of version {version}, and this version of gradiometer "
+            f"goes on from version {STATE_VERSION} only: everything that is measured begins anew. Where that "
+            f"must not be, install the version of gradiometer {_OLDER.get(version, 'that wrote it')}."
+        )
 
 
 class _MicroBatch:

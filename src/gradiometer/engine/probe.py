@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .. import parallel
 from ..autodiff.functional import (
     Forward,
     check_inputs,
     detached_copy,
-    examples,
     pure_function,
     take,
 )
 from ..autodiff.untouched import measuring
 from ..collect.snapshot import Probe
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError
+from .saved import opened, plain, sealed
 
 
 def given_probe(model: nn.Module, forward: Forward, probe: Any) -> Probe:
@@ -54,41 +54,74 @@ def given_probe(model: nn.Module, forward: Forward, probe: Any) -> Probe:
     return Probe(detached_copy(probe.inputs), detached_copy(probe.targets))
 
 
-def first_examples(x: Any, y: Tensor | None, size: int, *, together: bool) -> Probe:
-    """The first examples of a batch; on several processes of rank 0's.
+def probe_state(probe: Probe) -> dict[str, Any]:
+    """A probe for a checkpoint: tensors in a nest of lists and dictionaries.
 
     Args:
-        x: The model's inputs.
-        y: Their targets.
-        size: How many examples.
-        together: Whether all processes are here.
+        probe: Inputs and targets.
 
     Raises:
-        UnsupportedError: If a tensor is sparse.
+        InputError: If something in it is of a class that a checkpoint cannot hold.
     """
-    tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
-    if any(leaf.layout != torch.strided for leaf in tensors):
-        raise UnsupportedError(
-            "no probe can be taken from a batch of sparse tensors",
-            fix="Pass a dense probe=, or leave what needs one out of observables=.",
-        )
-    first = slice(0, size)
-    inputs = detached_copy(take(dict(x) if isinstance(x, Mapping) else x, first))
-    same = isinstance(y, Tensor) and y.ndim > 0 and len(y) == examples(x)
-    targets = y[first].detach().clone() if same and y is not None else None
-    return Probe(*parallel.share((inputs, targets))) if together else Probe(inputs, targets)
+    return sealed({"inputs": _packed(probe.inputs), "targets": _packed(probe.targets)})
 
 
-def saved_probe(saved: Mapping[str, Any], device: torch.device) -> Probe:
-    """A probe from a checkpoint.
+def saved_probe(saved: Any, device: torch.device) -> Probe | None:
+    """A probe from a checkpoint; ``None`` where there is none, or a damaged one.
 
     Args:
-        saved: Its inputs and targets.
+        saved: What :func:`probe_state` returned.
         device: Where the model is.
     """
+    content = opened(saved)
+    if content is None:
+        return None
+    return Probe(_unpacked(content["inputs"], device), _unpacked(content["targets"], device))
 
-    def moved(leaf: Any) -> Any:
-        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
 
-    nest = pytree.tree_map(moved, dict(saved))
-    return Probe(nest["inputs"], nest["targets"])
+def same_probe(left: Probe, right: Probe) -> bool:
+    """Whether two probes hold the same numbers.
+
+    Args:
+        left: A probe.
+        right: Another one.
+    """
+    first, second = (pytree.tree_flatten((probe.inputs, probe.targets)) for probe in (left, right))
+    return first[1] == second[1] and all(map(_equal, first[0], second[0]))
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return torch.equal(left.cpu(), right.cpu())
+    return type(left) is type(right) and bool(np.all(left == right))
+
+
+def _packed(nest: Any) -> Any:
+    """A nest with each of its tuples, dictionaries and arrays in a dictionary that says what it is."""
+    if type(nest) is list:
+        return [_packed(part) for part in nest]
+    if type(nest) is tuple:
+        return {"tuple": [_packed(part) for part in nest]}
+    if type(nest) is dict:
+        return {"dict": {key: _packed(part) for key, part in nest.items()}}
+    if isinstance(nest, np.ndarray) and nest.dtype.kind in "biufc":
+        return {"array": torch.from_numpy(nest.copy())}
+    if isinstance(nest, Mapping):
+        raise InputError("a checkpoint does not hold this mapping", got=type(nest).__name__)
+    return plain(nest)
+
+
+def _unpacked(packed: Any, device: torch.device) -> Any:
+    """The inverse, with tensors where the model is."""
+    if isinstance(packed, Tensor):
+        return packed.to(device)
+    if isinstance(packed, list):
+        return [_unpacked(part, device) for part in packed]
+    if not isinstance(packed, Mapping):
+        return packed
+    ((kind, content),) = packed.items()
+    if kind == "array":
+        return content.numpy()
+    if kind == "tuple":
+        return tuple(_unpacked(part, device) for part in content)
+    return {key: _unpacked(part, device) for key, part in content.items()}

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from .. import parallel
 from ..control import Controller, ControlPanel, View
 from ..control.panel import CHANGES, GROUP, QUANTITIES
 from ..optimizers import GroupSettings
 from ..record.readings import Decision, Reading, make_key, quantity_of
 from .guard import Guard
+from .ranks import Ranks
 
 
 class Steering:
@@ -71,7 +71,7 @@ class Steering:
         groups: Sequence[GroupSettings],
         examples: int,
         view: Callable[[list[float]], View],
-        together: bool | None,
+        ranks: Ranks,
     ) -> tuple[list[Reading], list[Decision]]:
         """Let controllers decide, on all processes at the same steps.
 
@@ -81,7 +81,7 @@ class Steering:
             groups: The optimizer's settings, with the rates in force.
             examples: Examples behind this step, 0 when unknown.
             view: What controllers may look at, from the rates as the script wrote them.
-            together: Whether all processes measure the same.
+            ranks: The processes of the run.
 
         Returns:
             What was in force at this step, and what was decided.
@@ -91,7 +91,7 @@ class Steering:
         numbers = self.panel.numbers(groups, examples)
         decisions: list[Decision] = []
         if self.panel.due(step, recorded):
-            decisions = self._decide(self.panel, view, recorded, together)
+            decisions = self._decide(self.panel, view, recorded, ranks)
         numbers[CHANGES] = float(self.panel.changes)
         return [self._reading(name, value) for name, value in numbers.items()], decisions
 
@@ -100,14 +100,16 @@ class Steering:
         panel: ControlPanel,
         view: Callable[[list[float]], View],
         recorded: set[str],
-        together: bool | None,
+        ranks: Ranks,
     ) -> list[Decision]:
         """One check of the controllers that are due."""
-        if parallel.world_size() > 1 and not together:
+        decisions: list[Decision] = []
+        messages: list[str] = []
+        if not ranks.apart:
+            decisions, messages = panel.decide(view(panel.rates.written()), recorded, ranks.share)
+        if ranks.apart:
             panel.off = True
-            self._guard.warn("controllers are off, because not all processes have the same monitor.")
-            return []
-        decisions, messages = panel.decide(view(panel.rates.written()), recorded, bool(together))
+            self._guard.warn("controllers are off, because the processes do not measure together.")
         # Settings does not read a rate on a device at every step, and would not see the jump
         self.turned = any(decision.acted and decision.knob == "learning_rate" for decision in decisions)
         for message in messages:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..autodiff.functional import detached_copy
 from ..collect.base import Collector, Memory, Step, Training
 from ..collect.registry import COLLECTORS
 
@@ -23,22 +22,25 @@ class Taking:
 
     Args:
         name: The observable's group.
-        recording: Whether it also records.
+        recording: Whether it records.
         needs: The snapshot fields it needs.
         ahead: Fields whose collectors run for the next step's sake.
+        sampling: Whether it takes a sample.
+        thorough: Whether this sample may cost more, as one of each record may.
     """
 
     name: str
     recording: bool
     needs: frozenset[str]
     ahead: frozenset[str] = frozenset()
+    sampling: bool = False
+    thorough: bool = False
     done: bool = False
     failed: bool = False
     error: Exception | None = None
     sample: Mapping[str, Tensor] | None = None
     weight: float | Tensor = 1.0
     levels: Mapping[str, Tensor] = field(default_factory=dict)
-    note: str = ""
     seconds: float = 0.0
 
     def again(self) -> None:
@@ -60,6 +62,8 @@ class StepUnderWay(Step):
     takings: list[Taking] = field(default_factory=list)
     ready: bool = False
     """Whether ``before_step`` has been called."""
+    no_probe: Exception | None = None
+    """Why no probe could be taken from the first micro-batch."""
     logged: int = 0
     """The step under which readings are recorded."""
 
@@ -68,7 +72,6 @@ class StepUnderWay(Step):
         self.errors: dict[str, Exception] = {}
         self._collectors: dict[str, Collector] = {}
         self._spent: dict[str, float] = {}
-        self._loss_is_known = False
 
     def collect(self, training: Training, memories: Mapping[str, Memory]) -> None:
         """Make the collectors of all fields that are needed.
@@ -77,7 +80,6 @@ class StepUnderWay(Step):
             training: What is being trained.
             memories: What the collectors of each field keep from step to step.
         """
-        self._loss_is_known = training.loss_fn is not None
         for name in sorted(
             {need for taking in self.takings for need in taking.needs | taking.ahead} & COLLECTORS.keys()
         ):
@@ -91,19 +93,32 @@ class StepUnderWay(Step):
         collector = self._collectors.get("preconditioner")
         return None if collector is None else collector.result()
 
-    def enter(self, size: int, x: Any, y: Any) -> None:
+    @property
+    def asks_for_batch(self) -> bool:
+        """Whether a collector makes passes of its own on the batch."""
+        return any(collector.keeps_batch for collector in self._collectors.values())
+
+    def enter(self, size: int) -> None:
         """A micro-batch begins.
 
         Args:
             size: Its examples.
-            x: Its inputs, which the model may write to.
-            y: Their targets.
         """
-        if self._loss_is_known and any(collector.keeps_batch for collector in self._collectors.values()):
-            self.batch = detached_copy((x, y))
         for name, collector in self._collectors.items():
             if "enter" in collector.stages:
                 self._attempt(name, collector.enter, size)
+
+    def resize(self, size: int) -> None:
+        """The micro-batch under way turns out to have another number of examples.
+
+        Args:
+            size: How many.
+        """
+        if self.sizes and self.sizes[-1] != size:
+            self.sizes[-1] = size
+            for name, collector in self._collectors.items():
+                if "resize" in collector.stages:
+                    self._attempt(name, collector.resize, size)
 
     def exit(self) -> None:
         """Its backward pass is done."""

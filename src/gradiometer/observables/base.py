@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
 
 from ..collect.snapshot import RENAMED, Snapshot, present_name
+from ..errors import check_kind
 from ..record.readings import Quantity, quantity_of
 from ..stats.estimators import Estimator, Last, Reference
 from .relations import CrossCheck
-from .schedules import Schedule, as_schedule
+from .schedules import Draws, Schedule, as_schedule, every
 
 __all__ = [
     "Estimate",
@@ -94,7 +96,10 @@ class Observable(ABC):
 
     Args:
         schedule: When a reading is recorded; a number of steps is read as a cadence.
-        sampling: When statistics are sampled in between; the schedule itself when ``None``.
+        sampling: How often statistics are sampled: one step in so many, drawn anew each time, since steps at
+            a fixed distance may keep to one place in the epoch. At the records when ``None``; an observable
+            of the step's batch then draws one step for each record. A schedule other than ``every(...)`` is
+            kept to, beside the records.
         estimator: How statistics are averaged over steps; ``default_estimator()`` when ``None``. A
             template: the engine copies it.
 
@@ -124,6 +129,13 @@ class Observable(ABC):
     restarts: ClassVar[frozenset[str]] = frozenset()
     """What begins its window anew: ``"settings"`` (a jump of the learning rate, the momentum, the decay
     or the batch size), ``"parameters"`` (others are trained from now on)."""
+    not_averaged: ClassVar[frozenset[str]] = frozenset({"schedule", "sampling", "estimator"})
+    """Settings that may change from a checkpoint to the run that goes on from it: averages do not rest on
+    them. The estimator's own settings are looked at apart."""
+    of_batch: ClassVar[bool] = False
+    """Whether statistics are those of the step's batch or update, which depend on its place in the epoch."""
+    draws: ClassVar[Draws | None] = None
+    """What draws the steps to sample, for each observable by its cadences; ``None`` where they are fixed."""
     default_estimator: ClassVar[type[Estimator]] = Last
     """Not the default of the field itself, so that a configuration file can hold every default."""
 
@@ -139,12 +151,27 @@ class Observable(ABC):
                 setattr(cls, name, frozenset(map(present, getattr(cls, name))))
 
     def __post_init__(self) -> None:
-        """Read numbers as cadences, and choose the estimator."""
+        """Read numbers as cadences, and choose the estimator.
+
+        Raises:
+            InputError: If one of them is of another kind.
+        """
         if self.estimator is None:
             object.__setattr__(self, "estimator", self.default_estimator())
+        check_kind("estimator", self.estimator, Estimator, f"{self.default_estimator.__name__}()")
         object.__setattr__(self, "schedule", as_schedule(self.schedule))
         if self.sampling is not None:
             object.__setattr__(self, "sampling", as_schedule(self.sampling))
+        object.__setattr__(self, "draws", self._draws())
+
+    def _draws(self) -> Draws | None:
+        """What draws the steps to sample: every record has one; ``None`` where they are fixed."""
+        sampling = self.schedule if self.sampling is None and self.of_batch else self.sampling
+        if not isinstance(sampling, every):
+            return None
+        if not isinstance(self.schedule, every):
+            return Draws(sampling.steps)
+        return Draws(self.schedule.steps, -(-self.schedule.steps // sampling.steps))
 
     @classmethod
     def key(cls, name: str) -> str:
@@ -164,6 +191,22 @@ class Observable(ABC):
         quantity_of(name, cls.quantities, cls.__name__)
         return f"{cls.group}/{name}"
 
+    def rests_on(self) -> str:
+        """The settings behind its averages and levels, in words that are the same in every process.
+
+        Example:
+            >>> from gradiometer import JacobianNorm
+            >>> JacobianNorm(seed=3).rests_on()
+            'JacobianNorm(num_projections=None, seed=3), Last()'
+        """
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.not_averaged}
+        average = {name: value for name, value in vars(self.estimator).items() if not name.startswith("_")}
+        words = [
+            f"{type(owner).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+            for owner, settings in ((self, chosen), (self.estimator, average))
+        ]
+        return re.sub(r" at 0x[0-9a-f]+", "", ", ".join(words))
+
     def check_words(self, names: Iterable[str]) -> None:
         """Refuse a reading without words.
 
@@ -180,13 +223,28 @@ class Observable(ABC):
         """Whether a reading is recorded at this step."""
         return cast("Schedule", self.schedule)(step)
 
-    def samples(self, step: int) -> bool:
-        """Whether statistics are sampled at this step."""
+    def samples(self, step: int, stretch: int = 1) -> bool:
+        """Whether statistics are sampled at this step.
+
+        A record for which none was drawn, as where a run is joined half-way, takes one at its own step too.
+
+        Args:
+            step: The optimizer step.
+            stretch: Only one in so many of the drawn steps is taken.
+        """
+        if self.draws is not None:
+            return self.draws.part(step, stretch) is not None
         return self.due(step) or (self.sampling is not None and cast("Schedule", self.sampling)(step))
 
-    def required(self, recording: bool) -> frozenset[str]:
-        """Snapshot fields needed at a sampling step, or at a recording step."""
-        return self.needs | self.level_needs if recording else self.needs
+    def required(self, thorough: bool) -> frozenset[str]:
+        """Snapshot fields that statistics need; ``level_needs`` are needed at recording steps besides.
+
+        Args:
+            thorough: Whether this is the sample of each record that may cost more: the first, or one that is
+                drawn from several.
+        """
+        del thorough
+        return self.needs
 
     @property
     def optional(self) -> frozenset[str]:
@@ -209,7 +267,7 @@ class Observable(ABC):
         return {}
 
     def note(self, snapshot: Snapshot) -> str:
-        """How the reading came about (source, coverage, form), for its sentence."""
+        """How the reading came about (source, coverage, form), for its sentence; from a thorough sample."""
         del snapshot
         return ""
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..collect.snapshot import Snapshot
-from ..errors import InputError
+from ..errors import InputError, check_choice, check_flag, check_number
 from ..optimizers import GroupSettings
 from ..record.readings import Quantity, Reading, sibling
 from ..stats.estimators import Estimator, HalfRun, Last, Reference
@@ -267,14 +267,17 @@ class FluctuationDissipation(Observable):
             test, or ``centred`` is to be verified.
 
     Example:
-        >>> FluctuationDissipation(schedule=100).samples(10)
-        True
+        >>> sum(FluctuationDissipation(schedule=100, sampling=10).samples(step) for step in range(1, 101))
+        10
     """
 
     group: ClassVar[str] = "fdr"
+    needs: ClassVar[frozenset[str]] = frozenset({"update"})
     level_needs: ClassVar[frozenset[str]] = frozenset({"weights"})
     default_estimator: ClassVar[type[Estimator]] = HalfRun
+    of_batch: ClassVar[bool] = True
     restarts: ClassVar[frozenset[str]] = frozenset({"settings", "parameters"})
+    not_averaged: ClassVar[frozenset[str]] = Observable.not_averaged | {"tolerance", "test"}
     checks: ClassVar[Mapping[str, CrossCheck]] = {RIGHT: _contradicted_by_gradient}
     quantities: ClassVar[Mapping[str, Quantity]] = {
         LEFT: Quantity(
@@ -291,7 +294,7 @@ class FluctuationDissipation(Observable):
             "Right side, the mean squared update.",
             chart="fluctuation and dissipation",
             formula="`(1 + mu) / (2 (1 - nu)) eta <‖v‖²>`",
-            cost="norm of the update, every 10 steps",
+            cost="norm of the update, at one of every 10 steps",
             source="arXiv:1810.00004, FDR1'",
             tells="work done by the fluctuations",
         ),
@@ -357,21 +360,22 @@ class FluctuationDissipation(Observable):
 
     def __post_init__(self) -> None:
         """Sample every step when verifying; refuse what cannot be."""
+        for name in ("centred", "verify"):
+            check_flag(name, getattr(self, name))
         if self.verify:
             object.__setattr__(self, "sampling", every(1))
+            object.__setattr__(self, "needs", self.needs | {"work"})
+        if self.centred:
+            object.__setattr__(self, "level_needs", self.level_needs | {"centred_weights"})
         super().__post_init__()
+        check_choice("test", self.test, get_args(Test))
+        check_number("tolerance", self.tolerance, above=0)
         if isinstance(self.estimator, Last):
             raise InputError(
                 "FluctuationDissipation compares the two ends of a window",
                 got="Last()",
                 fix="Write estimator=HalfRun(), Window(1000) or Mean().",
             )
-        if self.test not in get_args(Test):
-            raise InputError(
-                "unknown test of stationarity", got=repr(self.test), fix=f"Write one of {get_args(Test)}."
-            )
-        if not self.tolerance > 0:
-            raise InputError("tolerance must be positive", got=self.tolerance, fix="Write tolerance=0.05.")
         if self.centred and self.verify:
             raise InputError(
                 "the identity is verified for the weights themselves",
@@ -383,12 +387,6 @@ class FluctuationDissipation(Observable):
     def names(self) -> frozenset[str]:
         """All, without the residual unless verifying."""
         return frozenset(self.quantities) - (frozenset() if self.verify else {"residual"})
-
-    def required(self, recording: bool) -> frozenset[str]:
-        """The update, the weights at recording steps, and the inner products when verifying."""
-        work = {"work"} if self.verify else set()
-        ends = self.level_needs | ({"centred_weights"} if self.centred else set())
-        return frozenset({"update"} | work | (ends if recording else set()))
 
     def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """Squared update of this step, per section."""

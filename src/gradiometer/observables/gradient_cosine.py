@@ -44,13 +44,14 @@ class GradientCosine(Observable):
         Scalars, in total and per section of parameters.
 
     Example:
-        >>> GradientCosine(schedule=20).samples(10)
-        True
+        >>> [step for step in range(40) if GradientCosine(schedule=20).samples(step)]    # drawn, with a seed
+        [0, 5, 16, 22, 33]
     """
 
     group: ClassVar[str] = "gradient_cosine"
     needs: ClassVar[frozenset[str]] = frozenset({"gradient", "previous_gradient"})
     default_estimator: ClassVar[type[Estimator]] = Window
+    of_batch: ClassVar[bool] = True
     restarts: ClassVar[frozenset[str]] = frozenset({"parameters"})
     quantities: ClassVar[Mapping[str, Quantity]] = {
         "cosine": Quantity(

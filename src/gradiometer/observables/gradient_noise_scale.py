@@ -17,18 +17,26 @@ from torch import Tensor
 
 from ..autodiff.per_example import per_example_grad_norms
 from ..collect.snapshot import GradientParts, Snapshot
-from ..errors import InputError, SampleSkippedError
+from ..errors import InputError, SampleSkippedError, check_choice, check_flag
 from ..optimizers import GroupSettings
 from ..parallel import world_size
 from ..record.readings import Quantity, Reading, sibling
 from ..stats.estimators import Estimator, Reference, Window
-from ..stats.noise_scale import BATCH, gradient_noise_scale, moments_of_parts, sgd_noise_scale, solve
+from ..stats.noise_scale import (
+    BATCH,
+    gradient_noise_scale,
+    moments_of_parts,
+    of_training_set,
+    sgd_noise_scale,
+    solve,
+)
 from .base import Estimate, Numbers, Observable, Sample
 from .noise_resolution import (
     OF_THE_DATA_SET,
     beside_data_set,
     critical_fraction,
     not_measured,
+    population,
     ratio_of_scales,
     resolved_scale,
 )
@@ -145,6 +153,13 @@ class GradientNoiseScale(Observable):
     parameters covered are part of every reading. Weight decay inside the optimizer is not part of the
     gradient measured here.
 
+    Noise and gradient are those of the training set. Where batches are drawn from it without replacement,
+    no two examples of a step are the same, on all processes together, and readings are corrected for that,
+    see ``of_training_set``; this takes ``Monitor(dataset_size=, replacement=False)``, which the Lightning
+    callback finds out by itself. Where it is not known how batches are drawn, or from how many examples,
+    nothing is corrected: readings are those of the distribution that the examples were drawn from. The note
+    says which of the two.
+
     B_simple is a ratio of averages with Fieller's interval. Where the squared gradient is within two
     standard errors of zero it is not resolved: the reading is ``nan``, and its lower bound stands.
 
@@ -183,6 +198,7 @@ class GradientNoiseScale(Observable):
 
     group: ClassVar[str] = "noise"
     default_estimator: ClassVar[type[Estimator]] = Window
+    of_batch: ClassVar[bool] = True
     restarts: ClassVar[frozenset[str]] = frozenset({"parameters"})
     checks: ClassVar[Mapping[str, CrossCheck]] = {SOURCE_RATIO: _contradicted_by_second_source}
     quantities: ClassVar[Mapping[str, Quantity]] = {
@@ -225,7 +241,10 @@ class GradientNoiseScale(Observable):
         BATCH_GRAD_SQ_NORM: Quantity(
             "loss^2/parameter^2",
             "Squared norm of the batch gradient.",
-            formula="mean of `‖g_B‖²`, which is `‖G‖² + tr(Sigma)/B`",
+            formula=(
+                "mean of `‖g_B‖²`, which is `‖G‖² + tr(Sigma)/B`, or `‖G‖² + tr(Sigma)/B (N - B)/(N - 1)` "
+                "without replacement"
+            ),
             cost="with it",
             source="arXiv:1812.06162, appendix A",
             tells=(
@@ -324,11 +343,9 @@ class GradientNoiseScale(Observable):
     def __post_init__(self) -> None:
         """Refuse sources that do not exist."""
         super().__post_init__()
-        for name in (self.source, self.cross_check):
-            if name is not None and name not in _FIELDS:
-                raise InputError(
-                    "unknown source of the noise scale", got=repr(name), fix=f"Write one of {list(_FIELDS)}."
-                )
+        check_choice("source", self.source, list(_FIELDS))
+        check_choice("cross_check", self.cross_check, [*_FIELDS, None])
+        check_flag("preconditioned", self.preconditioned)
         if self.cross_check == self.source:
             raise InputError(
                 "a source cannot be checked against itself",
@@ -338,7 +355,7 @@ class GradientNoiseScale(Observable):
 
     @property
     def _others(self) -> dict[str, str]:
-        """Snapshot fields of the sources at recording steps only, by row."""
+        """Snapshot fields of the sources that are measured once for each record, by row."""
         fields = {FULL: _FIELDS["auto"]} if self.source == "norm layers" else {}
         return fields | ({CHECK: _FIELDS[self.cross_check]} if self.cross_check is not None else {})
 
@@ -353,10 +370,10 @@ class GradientNoiseScale(Observable):
         """The row that is read."""
         return FULL if self.source == "norm layers" else FIRST
 
-    def required(self, recording: bool) -> frozenset[str]:
-        """The parts of the batch; those that calibrate or check at recording steps only."""
-        fields = {_FIELDS[self.source], *(self._others.values() if recording else ())}
-        if self.preconditioned and (recording or self.source != "norm layers"):
+    def required(self, thorough: bool) -> frozenset[str]:
+        """The parts of the batch; those that calibrate or check once for each record."""
+        fields = {_FIELDS[self.source], *(self._others.values() if thorough else ())}
+        if self.preconditioned and (thorough or self.source != "norm layers"):
             fields.add("preconditioner")
         return frozenset(fields)
 
@@ -401,6 +418,9 @@ class GradientNoiseScale(Observable):
         settings = {"batch_size": float(snapshot.batch_size), **_heat(snapshot)}
         if snapshot.has("dataset_size"):
             settings["dataset_size"] = float(snapshot.dataset_size)
+        share, _ = population(snapshot)
+        if share is not None:
+            settings["example_share"] = share
         for name, value in settings.items():
             statistics[name] = first.sq_norms.new_full((), value)
         return Sample(statistics, first.weight)
@@ -431,7 +451,7 @@ class GradientNoiseScale(Observable):
         }
 
     def note(self, snapshot: Snapshot) -> str:
-        """Source, reduction, coverage, sampling."""
+        """Source, reduction, coverage, sampling, and whose noise it is."""
         parts: GradientParts = getattr(snapshot, _FIELDS[self.source])
         text = f"{parts.source}, {_reduction(snapshot.loss_reduction)}, {_coverage(parts.coverage)}"
         if parts.skipped:
@@ -439,6 +459,7 @@ class GradientNoiseScale(Observable):
             text += f"; skipped: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
         if snapshot.has("replacement") and not snapshot.replacement:
             text += f"; {WITHOUT_REPLACEMENT}"
+        text += f"; {population(snapshot)[1]}"
         if parts.note:
             text += f"; {parts.note}"
         if self.cross_check is not None and snapshot.has(_FIELDS[self.cross_check]):
@@ -451,10 +472,10 @@ class GradientNoiseScale(Observable):
         """Ratios of the averages with their intervals, in total and per section."""
         weights, batch = reference.weights, float(now["batch_size"][0])
         traces, signals = self._solved(now, self._main)
-        readings = self._of_sections(now, traces, signals, weights)
+        main = self._rows.index(self._main)
+        readings = _of_sections(now["parameters"][0, main], traces, signals, weights, batch)
         trace, signal = traces.sum(-1), signals.sum(-1)
         readings |= {"trace": trace, "grad_sq_norm": signal}
-        main = self._rows.index(self._main)
         coverage = float(now["coverage"][0, main] / now["source_weight"][0, main])
         batch_sq_norm = now["moments"][:, main, BATCH].sum(-1)
         readings["batch_grad_sq_norm"] = batch_sq_norm / now["source_weight"][:, main]
@@ -471,7 +492,7 @@ class GradientNoiseScale(Observable):
         if coverage < LEAST_COVERAGE:
             unseen = not_measured(f"single parts of the batch show {100 * coverage:.0f} % of the parameters")
             scales = dict.fromkeys((*scales, CRITICAL_BATCH_FRACTION), unseen)
-        elif "dataset_size" in now:
+        elif "dataset_size" in now and "example_share" not in now:
             scales["scale"] = beside_data_set(scales["scale"], float(now["dataset_size"][0]))
         readings[CRITICAL_BATCH_FRACTION] = critical_fraction(now["batch_size"], scales["scale"])
         readings |= scales
@@ -484,29 +505,13 @@ class GradientNoiseScale(Observable):
             readings["preconditioned_scale"] = resolved_scale(trace, signal, weights, batch)["scale"]
         return readings
 
-    def _of_sections(
-        self, now: Mapping[str, Tensor], traces: Tensor, signals: Tensor, weights: Tensor
-    ) -> dict[str, Tensor | Estimate]:
-        """The same numbers for each section, where there are several."""
-        readings: dict[str, Tensor | Estimate] = {}
-        sections = traces.shape[-1]
-        covered = now["parameters"][0, self._rows.index(self._main)]
-        for u in range(sections) if sections > 1 else ():
-            if not bool(covered[u]):
-                unseen = not_measured("no parameter of this group is seen in parts of the batch")
-                readings |= {
-                    f"{name}/{u}": unseen for name in (TRACE, GRAD_SQ_NORM, SCALE, SCALE_LOWER_BOUND)
-                }
-                continue
-            readings |= {f"{TRACE}/{u}": traces[..., u], f"{GRAD_SQ_NORM}/{u}": signals[..., u]}
-            scales = resolved_scale(traces[..., u], signals[..., u], weights, float(now["batch_size"][0]))
-            readings |= {f"{name}/{u}": value for name, value in scales.items()}
-        return readings
-
     def _solved(self, now: Mapping[str, Tensor], row: str) -> tuple[Tensor, Tensor]:
         """Trace and squared gradient of a source by section, ``[R, U]``."""
         index = self._rows.index(row)
-        return solve(now["moments"][:, index], now["source_weight"][:, index])
+        trace, signal = solve(now["moments"][:, index], now["source_weight"][:, index])
+        if "example_share" not in now:
+            return trace, signal
+        return of_training_set(trace, signal, now["example_share"][:, None])
 
     def _total(self, now: Mapping[str, Tensor], row: str) -> tuple[Tensor, Tensor]:
         """The same over all sections, ``[R]``."""
@@ -532,6 +537,23 @@ class GradientNoiseScale(Observable):
 
 BATCH_GRAD_SQ_NORM_KEY = GradientNoiseScale.key(BATCH_GRAD_SQ_NORM)
 """For the relation that another observable checks it by."""
+
+
+def _of_sections(
+    covered: Tensor, traces: Tensor, signals: Tensor, weights: Tensor, batch: float
+) -> dict[str, Tensor | Estimate]:
+    """Readings of each section, where there are several; those seen in no part are not measured."""
+    readings: dict[str, Tensor | Estimate] = {}
+    sections = traces.shape[-1]
+    for u in range(sections) if sections > 1 else ():
+        if not bool(covered[u]):
+            unseen = not_measured("no parameter of this group is seen in parts of the batch")
+            readings |= {f"{name}/{u}": unseen for name in (TRACE, GRAD_SQ_NORM, SCALE, SCALE_LOWER_BOUND)}
+            continue
+        readings |= {f"{TRACE}/{u}": traces[..., u], f"{GRAD_SQ_NORM}/{u}": signals[..., u]}
+        scales = resolved_scale(traces[..., u], signals[..., u], weights, batch)
+        readings |= {f"{name}/{u}": value for name, value in scales.items()}
+    return readings
 
 
 def _heat(snapshot: Snapshot) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..autodiff.jacobian import (
     EXACT_OUTPUTS,
@@ -21,7 +22,7 @@ from ..autodiff.jacobian import (
 )
 from ..autodiff.untouched import measuring
 from ..collect.snapshot import Snapshot
-from ..errors import InputError
+from ..errors import check_number
 from ..record.readings import Quantity, Reading
 from ..stats.estimators import Reference
 from .base import Estimate, Numbers, Observable
@@ -114,14 +115,10 @@ class JacobianNorm(Observable):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the number of projections."""
+        """Check both numbers."""
         super().__post_init__()
-        if self.num_projections is not None and self.num_projections < 1:
-            raise InputError(
-                "num_projections must be at least 1",
-                got=self.num_projections,
-                fix="Write num_projections=2, or None for the default.",
-            )
+        check_number("num_projections", self.num_projections, least=1, integer=True, optional=True)
+        check_number("seed", self.seed, least=0, integer=True)
 
     def statistics(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """Means over the probe, and the variance that the projections leave in them."""
@@ -146,7 +143,7 @@ class JacobianNorm(Observable):
     def note(self, snapshot: Snapshot) -> str:
         """What the Jacobian is taken with respect to."""
         x = snapshot.probe.inputs
-        if isinstance(x, Tensor) and x.is_floating_point():
+        if any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(x)):
             return "with respect to the inputs"
         return f"with respect to the output of {first_embedding(snapshot.model)[0]!r}"
 

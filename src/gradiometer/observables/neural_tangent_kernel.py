@@ -20,7 +20,7 @@ from ..autodiff.empirical_ntk import EXACT_OUTPUTS, MODES, empirical_ntk, probed
 from ..autodiff.factors import Mode
 from ..autodiff.functional import examples, take
 from ..collect.snapshot import Probe, Snapshot
-from ..errors import InputError
+from ..errors import check_choice, check_flag, check_number
 from ..record.readings import Quantity, Reading, sibling
 from ..stats.estimators import Reference
 from ..stats.jackknife import delete_block_jackknife
@@ -252,6 +252,8 @@ class NeuralTangentKernel(Observable):
         ),
     }
 
+    not_averaged: ClassVar[frozenset[str]] = Observable.not_averaged | {"max_memory"}
+
     schedule: Schedule | int = log_spaced(until=1000) | every(500)
     outputs: Mode = "trace"
     num_projections: int | None = None
@@ -260,10 +262,13 @@ class NeuralTangentKernel(Observable):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the mode."""
+        """Check the mode and the numbers."""
         super().__post_init__()
-        if self.outputs not in MODES:
-            raise InputError("unknown output mode", got=repr(self.outputs), fix=f"Write one of {MODES}.")
+        check_choice("outputs", self.outputs, MODES)
+        check_number("num_projections", self.num_projections, least=1, integer=True, optional=True)
+        check_number("max_memory", self.max_memory, least=1, integer=True, optional=True)
+        check_number("seed", self.seed, least=0, integer=True)
+        check_flag("preconditioned", self.preconditioned)
         if self.preconditioned:
             object.__setattr__(self, "group", "preconditioned_ntk")
             object.__setattr__(self, "level_needs", self.level_needs | {"step_factors"})

@@ -14,12 +14,13 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..collect.snapshot import Snapshot
+from ..collect.snapshot import Curvature, Snapshot
 from ..errors import InputError
 from ..record.readings import Quantity
 from ..stats.estimators import Estimator, Reference, Window
+from ..stats.noise_scale import check_population, of_training_set
 from .base import Numbers, Observable, Sample
-from .noise_resolution import positive, resolved_scale
+from .noise_resolution import population, positive, resolved_scale
 
 __all__ = [
     "NoiseCurvature",
@@ -28,7 +29,9 @@ __all__ = [
 ]
 
 
-def noise_curvature(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+def noise_curvature(
+    gram: Tensor, forms: Tensor, sizes: Tensor, *, dataset_size: int | None = None
+) -> dict[str, Tensor]:
     r"""Unbiased noise and signal from the parts of one batch, plain and weighted with the curvature.
 
     Parts are independent, so a product of distinct parts has the product of the means as its mean. With
@@ -42,10 +45,24 @@ def noise_curvature(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, Ten
     and hence ``Tr(H Sigma) = (U - V) / beta``; without the Hessians the same gives ``Tr Sigma`` and
     ``|G|^2``. A Hessian from the same part would add the correlation of curvature and gradient.
 
+    Examples that are drawn without replacement from N repel each other. With a third product, in which the
+    Hessian and one gradient are of the same part,
+
+    .. math::
+        W = \langle g_j^T H_j\, g_l \rangle_{j \ne l}, \qquad
+        \mathrm{Tr}(H\Sigma) = \Big(1 - \frac1N\Big) \frac{U - V}{\beta}, \qquad
+        G^T H G = V + \frac{(U - V) + 2 (W - V)}{\beta N}
+
+    are those of the N examples, up to third central moments of gradients and Hessian over N, and over
+    :math:`N^2`; the plain ones are corrected as by ``of_training_set``, exactly.
+
     Args:
         gram: ``g_i . g_l`` of the gradients of the parts' mean losses.
-        forms: ``g_i^T H_j g_l`` at ``[j, i, l]``; entries with ``i = j`` or ``l = j`` are not used.
+        forms: ``g_i^T H_j g_l`` at ``[j, i, l]``; entries with ``l = j`` are not used, and those with
+            ``i = j`` with ``dataset_size`` only.
         sizes: Examples in each part.
+        dataset_size: Examples in the training set, N, where the parts are drawn from it without replacement:
+            no two of their examples are the same one.
 
     Returns:
         ``noise_curvature`` (:math:`\mathrm{Tr}(H\Sigma)`), ``gradient_curvature`` (:math:`G^T H G`),
@@ -61,11 +78,12 @@ def noise_curvature(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, Ten
         loss^3 / parameter^4 with the curvature, loss^2 / parameter^2 without; the noise times one example.
 
     Raises:
-        InputError: Fewer than three parts, an empty part, or shapes that do not fit.
+        InputError: Fewer than three parts, an empty part, shapes that do not fit, or more examples in the
+            parts than in the training set.
 
     Source:
-        B_noise: McCandlish et al. 2018, arXiv:1812.06162, section 2.2; the estimator from distinct parts is
-        derived here and tested against populations whose Hessians vary.
+        B_noise: McCandlish et al. 2018, arXiv:1812.06162, section 2.2; the estimator from distinct parts and
+        its correction are derived here and tested against populations whose Hessians vary.
 
     Example:
         >>> g, h = torch.tensor([1.0, 2.0, 3.0]), torch.full((3,), 2.0)  # one parameter, parts of one
@@ -89,17 +107,37 @@ def noise_curvature(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, Ten
             got=f"{list(gram.shape)} and {list(forms.shape)}",
             fix="Pass what split_curvature returns.",
         )
+    check_population(sizes, dataset_size)
     same = torch.eye(k, dtype=torch.bool, device=gram.device)
     other = ~same[:, :, None] & ~same[:, None, :]  # j != i and j != l
     beta = sizes.double().reciprocal().mean().item()
     plain, signal = gram[..., same].mean(-1), gram[..., ~same].mean(-1)
     curved, curved_signal = forms[..., other & same].mean(-1), forms[..., other & ~same].mean(-1)
+    noise, trace = (curved - curved_signal) / beta, (plain - signal) / beta
+    if dataset_size is not None:
+        same_part = forms[..., same[:, :, None] & ~same[:, None, :]].mean(-1)  # j = i and j != l
+        correlated = 2 * (same_part - curved_signal) / beta / dataset_size
+        noise, curved_signal = of_training_set(noise, curved_signal + correlated, 1 / dataset_size)
+        trace, signal = of_training_set(trace, signal, 1 / dataset_size)
     return {
-        "noise_curvature": (curved - curved_signal) / beta,
+        "noise_curvature": noise,
         "gradient_curvature": curved_signal,
-        "trace": (plain - signal) / beta,
+        "trace": trace,
         "grad_sq_norm": signal,
     }
+
+
+def moments_of(parts: Curvature, gram: Tensor, snapshot: Snapshot) -> dict[str, Tensor]:
+    """Moments of the training set, where its size and how batches are drawn from it are known.
+
+    Args:
+        parts: Products of the parts of a batch.
+        gram: Those without a Hessian.
+        snapshot: The moment they were taken at.
+    """
+    shared_out = bool(population(snapshot)[0])
+    size = snapshot.dataset_size if shared_out else None
+    return noise_curvature(gram, parts.forms, parts.sizes, dataset_size=size)
 
 
 def curvature_of_noise(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, Tensor]:
@@ -194,6 +232,7 @@ class NoiseCurvature(Observable):
     group: ClassVar[str] = "noise_curvature"
     needs: ClassVar[frozenset[str]] = frozenset({"curvature"})
     default_estimator: ClassVar[type[Estimator]] = Window
+    of_batch: ClassVar[bool] = True
     restarts: ClassVar[frozenset[str]] = frozenset({"parameters"})
     quantities: ClassVar[Mapping[str, Quantity]] = {
         "scale": Quantity(
@@ -241,16 +280,16 @@ class NoiseCurvature(Observable):
     def statistics(self, snapshot: Snapshot) -> Sample:
         """Noise and signal of this step, plain and weighted with the curvature."""
         parts = snapshot.curvature
-        moments = noise_curvature(parts.gram, parts.forms, parts.sizes)
+        moments = moments_of(parts, parts.gram, snapshot)
         moments["batch_size"] = parts.weight.new_full((), snapshot.batch_size)
         return Sample(moments, parts.weight)
 
     def note(self, snapshot: Snapshot) -> str:
-        """The parts, and whose loss it is."""
+        """The parts, the loss, and whose noise it is."""
         sizes = snapshot.curvature.sizes
         return (
             f"{len(sizes)} parts of {int(sizes.min())} or more examples, "
-            f"loss_reduction={snapshot.loss_reduction}"
+            f"loss_reduction={snapshot.loss_reduction}; {population(snapshot)[1]}"
         )
 
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:

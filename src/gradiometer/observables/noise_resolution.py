@@ -1,4 +1,4 @@
-"""When the noise scale, a ratio of two averages, is resolved, and what is said of it where it is not."""
+"""When the noise scale, a ratio of two averages, is resolved, what is said of it, and whose it is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..collect.snapshot import Snapshot
 from ..stats.jackknife import FEWEST_GROUPS, jackknife_covariance, ratio_interval, t_quantile
 from .base import Estimate
 
@@ -14,6 +15,30 @@ NEAR = 0.5
 """B_simple above this share of the data set is said to be near it."""
 OF_THE_DATA_SET = "examples of the data set"
 """Part of a note that a verdict looks for."""
+
+
+def population(snapshot: Snapshot) -> tuple[float | None, str]:
+    """Whose noise and gradient the parts of a batch show.
+
+    Parts that share no example are corrected for that, see ``of_training_set``, where it is known that they
+    do not, and of how many examples they are drawn. Nothing is corrected elsewhere.
+
+    Args:
+        snapshot: With ``dataset_size`` and ``replacement`` where they are known.
+
+    Returns:
+        Share of the training set that one example is, to correct with: 0 where examples are independent
+        draws from it, ``None`` where moments are not those of the training set. And a clause that says
+        whose moments they are.
+    """
+    sized, told = snapshot.has("dataset_size"), snapshot.has("replacement")
+    size = f" of {snapshot.dataset_size} examples" if sized else ""
+    if told and snapshot.replacement:
+        return 0.0, f"of the training set{size}"
+    in_order = snapshot.has("fixed_order") and snapshot.fixed_order
+    if told and sized and not in_order and snapshot.batch_size <= snapshot.dataset_size:
+        return 1 / snapshot.dataset_size, f"of the training set{size}"
+    return None, "of the distribution the examples are drawn from"
 
 
 def critical_fraction(batch: Tensor, scale: Estimate) -> Estimate:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..collect.snapshot import Snapshot
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError, UnsupportedError, check_flag
 from ..record.readings import Quantity
 from ..stats.estimators import Estimator, HalfRun, Reference
 from .base import Estimate, Numbers, Observable, Sample
-from .noise_curvature import noise_curvature
-from .noise_resolution import positive
+from .noise_curvature import moments_of
+from .noise_resolution import not_measured, population, positive
 
 __all__ = [
     "SecondFluctuationDissipation",
@@ -346,16 +346,19 @@ class SecondFluctuationDissipation(Observable):
     ``Monitor(loss_fn=...)``; a summed loss is read as the mean loss at as many times the learning rate.
 
     The relation takes the gradient's mean at given weights for the gradient of the loss, which only batches
-    drawn independently of each other have. It is not that of clipped steps, and batch norm, which normalises
-    within each part, makes f the loss of batches of that size.
+    drawn independently of each other have. In a shuffled epoch the weights have moved along the gradients of
+    the examples that were seen, and so against those that are left for this batch: parts of it do not show
+    the gradient of the loss. It is not that of clipped steps, and batch norm, which normalises within each
+    part, makes f the loss of batches of that size.
 
     Args:
         schedule: When it is sampled and recorded; every 100 steps by default.
         sampling: When it is sampled in between. The left side scatters: its error falls with the number of
             samples.
         estimator: Average over steps; Yaida's half-running average by default.
-        allow_shuffled: Also measure where batches are drawn without replacement. Soft directions are colder
-            there, and the left side falls short of the right.
+        allow_shuffled: Also measure what can be where batches are drawn without replacement: the right side
+            and the curvature, corrected for examples that are never drawn twice where their number is known,
+            and what shuffling makes of a direction of that curvature. There is no left side and no ratio.
 
     Units:
         Loss; the ratio has none.
@@ -368,13 +371,14 @@ class SecondFluctuationDissipation(Observable):
         Scalars.
 
     Example:
-        >>> SecondFluctuationDissipation(schedule=200, sampling=20).samples(40)
+        >>> SecondFluctuationDissipation(schedule=200, sampling=20).due(400)
         True
     """
 
     group: ClassVar[str] = "fdr2"
     needs: ClassVar[frozenset[str]] = frozenset({"step_curvature"})
     default_estimator: ClassVar[type[Estimator]] = HalfRun
+    of_batch: ClassVar[bool] = True
     restarts: ClassVar[frozenset[str]] = frozenset({"settings", "parameters"})
     quantities: ClassVar[Mapping[str, Quantity]] = {
         "left": Quantity(
@@ -408,8 +412,8 @@ class SecondFluctuationDissipation(Observable):
                 "above 1 the loss falls still"
             ),
             act=(
-                "above 1: go on; 1: lower the learning rate or stop; below 1: batches without "
-                "replacement, clipping, or a loss that is not harmonic"
+                "above 1: go on; 1: lower the learning rate or stop; below 1: clipping, or a loss that is "
+                "not harmonic"
             ),
         ),
         "curvature": Quantity(
@@ -440,6 +444,11 @@ class SecondFluctuationDissipation(Observable):
 
     allow_shuffled: bool = False
 
+    def __post_init__(self) -> None:
+        """Check the setting."""
+        super().__post_init__()
+        check_flag("allow_shuffled", self.allow_shuffled)
+
     def statistics(self, snapshot: Snapshot) -> Sample:
         """Both sides at this step, and what the curvature under the noise is made of."""
         if _shuffled(snapshot) and not self.allow_shuffled:
@@ -449,34 +458,40 @@ class SecondFluctuationDissipation(Observable):
                 fix="Draw with RandomSampler(dataset, replacement=True), or write allow_shuffled=True.",
             )
         parts = snapshot.step_curvature
-        moments = noise_curvature(parts.gram, parts.forms, parts.sizes)
-        steps = noise_curvature(parts.step_gram, parts.forms, parts.sizes)
-        noise = moments["noise_curvature"]
+        moments = moments_of(parts, parts.gram, snapshot)
+        steps = moments_of(parts, parts.step_gram, snapshot)
+        noise, share = moments["noise_curvature"], population(snapshot)[0]
+        # the variance of a batch's gradient over that of an example's; none is left of the whole set's
+        step_noise = (parts.noise_share - share) / (1 - share) if share else parts.noise_share
         statistics = {
-            "left": moments["grad_sq_norm"],
-            "right": (moments["gradient_curvature"] + parts.noise_share * noise) / 2,
+            "right": (moments["gradient_curvature"] + step_noise * noise) / 2,
             "noise_curvature": noise,
             "noise": moments["trace"],
             "step_noise": steps["trace"],
             **{name: parts.weight.new_full((), value) for name, value in _epoch(snapshot).items()},
         }
+        if not _shuffled(snapshot):
+            statistics["left"] = moments["grad_sq_norm"]
         return Sample(statistics, parts.weight)
 
     def note(self, snapshot: Snapshot) -> str:
-        """How batches are drawn."""
+        """How batches are drawn, and from what."""
         if not snapshot.has("replacement"):
-            return "holds only for batches drawn with replacement, and how these are drawn is not known"
-        if snapshot.replacement:
-            return "batches drawn with replacement"
-        return "batches drawn without replacement: soft directions are colder than the relation takes them"
+            text = "holds only for batches drawn with replacement, and how these are drawn is not known"
+        elif snapshot.replacement:
+            text = "batches drawn with replacement"
+        else:
+            text = (
+                "batches drawn without replacement: soft directions are colder than the relation takes them"
+            )
+        return f"{text}; {population(snapshot)[1]}"
 
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
         """Both sides and their ratio, the curvature, and what shuffling makes of it."""
         del reference
-        left, right = now["left"], now["right"]
-        noise, still = now["noise_curvature"], "the noise of the steps is not above 0"
+        right, noise = now["right"], now["noise_curvature"]
+        still = "the noise of the steps is not above 0"
         readings: dict[str, Tensor | Estimate] = {
-            "left": left,
             "right": right,
             "curvature": positive(noise / now["step_noise"], now["step_noise"], still),
         }
@@ -485,12 +500,19 @@ class SecondFluctuationDissipation(Observable):
             rate = float(noise[0] / now["noise"][0] * now["per_rate"][0])
             epoch = float(now["steps_per_epoch"][0])
             note = f"M = {epoch:.4g} steps per epoch, eta h_eff M / (1 - mu) = {rate * epoch:.3g}"
-            if "shuffled" in now and 0 < rate < 2 and round(epoch) > 1:
+            if "left" not in now and 0 < rate < 2 and round(epoch) > 1:
                 readings["shuffling"] = Estimate(shuffling_factor(rate, round(epoch)), math.nan)
-        ratio = positive(
-            torch.where(right > 0, left / right, torch.nan), right, "the right side is not above 0"
-        )
-        return {**readings, "ratio": ratio._replace(note=ratio.note or note)}
+        if "left" not in now:
+            left, ratio = not_measured(_SHUFFLED), not_measured(_SHUFFLED)
+        else:
+            left = Estimate(now["left"])
+            quotient = torch.where(right > 0, now["left"] / right, torch.nan)
+            ratio = positive(quotient, right, "the right side is not above 0")
+        note = "; ".join(filter(None, (note, ratio.note)))
+        return {"left": left, **readings, "ratio": ratio._replace(note=note)}
+
+
+_SHUFFLED = "the weights know the batches of this epoch so far, and with them the examples that are left"
 
 
 def _shuffled(snapshot: Snapshot) -> bool:
@@ -508,8 +530,7 @@ def _epoch(snapshot: Snapshot) -> dict[str, float]:
     forms = {(group.momentum, group.nesterov) for group in snapshot.groups}
     if len(forms) > 1 or not snapshot.has("dataset_size"):
         return {}
-    numbers = {
+    return {
         "per_rate": 1 / ((1 - first.momentum) * (1 + first.momentum * first.nesterov)),
         "steps_per_epoch": snapshot.dataset_size / snapshot.batch_size,
     }
-    return numbers | ({"shuffled": 1.0} if _shuffled(snapshot) else {})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
-from ..stats.linalg import accumulation_dtype
+from ..stats.linalg import accumulation_dtype, in_reals
 from .base import Family, Move, ParameterStep, Scratch, common_refusal, register, room_for, states_of
 
 __all__ = ["AdamFamily", "Preconditioner"]
@@ -123,6 +123,9 @@ class Preconditioner:
 
         Args:
             parameter: One of the optimizer's.
+
+        Shapes:
+            The parameter's; of a complex one ``[..., 2]``, a factor for each of its two parts.
         """
         state = self._state.get(parameter)
         if not state:
@@ -130,6 +133,7 @@ class Preconditioner:
         if id(parameter) not in self._factors:
             group = self._groups[id(parameter)]
             second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+            second = in_reals(second)
             wide = second.to(torch.promote_types(second.dtype, torch.float32))
             steps = torch.as_tensor(state["step"])  # on the device for some kinds: nobody waits for it
             corrected = wide / (1 - group["betas"][1] ** steps.to(accumulation_dtype(steps.device)))
@@ -146,7 +150,10 @@ class Preconditioner:
             gradient: Of its shape.
         """
         factor = self.of(parameter)
-        return gradient * (torch.nan if factor is None else factor)
+        if factor is None:
+            return gradient * torch.nan
+        scaled = in_reals(gradient) * factor
+        return torch.view_as_complex(scaled) if gradient.is_complex() else scaled
 
 
 def _steps(optimizer: Optimizer, trained: Sequence[Tensor]) -> list[float]:

@@ -167,6 +167,8 @@ class Family:
     ) -> list[Tensor] | None:
         """The gradients the step used, L2 term included, in float64; ``None`` where that is not known.
 
+        Complex ones are pairs of reals here, as are the weights and their displacements.
+
         Args:
             optimizer: The optimizer, right after its step.
             group: One of its parameter groups.
@@ -281,6 +283,8 @@ def common_refusal(group: Mapping[str, Any], shrinkage: float) -> str | None:
     for parameter in group["params"]:
         if type(parameter) not in (Tensor, nn.Parameter):
             return f"{type(parameter).__name__} may have arithmetic of its own"
+        if parameter.is_complex():
+            return "complex weights"
         if parameter.dtype not in (torch.float32, torch.float64):
             return f"rounding of {parameter.dtype} weights is as large as their updates"
         if parameter.grad is not None and parameter.grad.layout != torch.strided:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from ..stats.linalg import in_reals
 from .base import (
     Family,
     Move,
@@ -93,10 +94,10 @@ class SGDFamily(Family):
         if group["nesterov"]:
             lr, momentum = float(group["lr"]), group["momentum"]
             velocities = states_of(optimizer, trained, "momentum_buffer")
-            return [d / lr - momentum * b.double() for d, b in zip(moved, velocities, strict=True)]
+            return [d / lr - momentum * in_reals(b).double() for d, b in zip(moved, velocities, strict=True)]
         sign = -1.0 if group["maximize"] else 1.0
         return [  # in this order, since a gradient may be sparse
-            group["weight_decay"] * weights + sign * gradient.detach().double()
+            group["weight_decay"] * weights + sign * in_reals(gradient.detach()).double()
             for gradient, weights in zip(gradients_of(trained), before, strict=True)
         ]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import SampleSkippedError, UnsupportedError
+from ..record.readings import last_part
 from ..stats.linalg import accumulation_dtype, squared_norms
 from .base import GroupSettings, Move, Scratch, family_of
 
@@ -189,8 +190,10 @@ def group_settings(optimizer: torch.optim.Optimizer) -> tuple[GroupSettings, ...
     names: list[str] = []
     settings = []
     for index, group in enumerate(optimizer.param_groups):
-        name = str(group.get("name", index)).replace("/", ".")
-        names.append(name if name not in names else f"{name}.{index}")
+        name = last_part(group.get("name", index), str(index))
+        while name in names:
+            name = f"{name}.{index}"
+        names.append(name)
         momentum, dampening, nesterov = family.momentum(group)
         settings.append(
             GroupSettings(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .readings import Decision, Quantity, Reading, scalars
-from .tensorboard import custom_scalars_layout, with_words, write_arrays, write_decisions
+from .tensorboard import custom_scalars_layout, hide_from, with_words, write_arrays, write_decisions
 
 
 class LoggersRecorder:
@@ -19,6 +20,8 @@ class LoggersRecorder:
         loggers: Objects with ``log_metrics``.
         layout: Also write a custom-scalars layout into TensorBoard.
         prefix: Prefix of the keys in the layout and of the text.
+        step: The optimizer step at which the run begins; where it goes on in the directory of an interrupted
+            one, what that one wrote into TensorBoard from this step on is hidden.
 
     Example:
         >>> class Logger:
@@ -28,14 +31,30 @@ class LoggersRecorder:
         7 {'dynamics/ntk/drift': 0.5}
     """
 
-    def __init__(self, loggers: Sequence[Any], *, layout: bool = False, prefix: str = "dynamics") -> None:
+    def __init__(
+        self, loggers: Sequence[Any], *, layout: bool = False, prefix: str = "dynamics", step: int = 0
+    ) -> None:
         self._loggers = list(loggers)
-        self._prefix, self._layout = prefix, layout
+        self._prefix, self._layout, self._step = prefix, layout, step
         self._boards = [logger for logger in self._loggers if type(logger).__name__ == "TensorBoardLogger"]
         self._expected: dict[str, Quantity] = {}
 
+    @classmethod
+    def apart(cls, loggers: Sequence[Any], **settings: Any) -> list[LoggersRecorder]:
+        """A recorder for each logger, so that one that fails takes nothing from the others.
+
+        Args:
+            loggers: Objects with ``log_metrics``.
+            settings: Further arguments of each.
+        """
+        return [cls([logger], **settings) for logger in loggers]
+
     def expect(self, quantities: Mapping[str, Quantity]) -> None:
         """The words for what the run may read, by full key; they make the charts of the layout."""
+        for board in self._boards if self._step else ():
+            writer = board.experiment
+            if len([*Path(writer.log_dir).glob("*tfevents*")]) > 1:  # its own file and an earlier one
+                hide_from(writer, self._step)
         self._expected.update(quantities)
 
     def __call__(self, step: int, readings: Sequence[Reading]) -> None:

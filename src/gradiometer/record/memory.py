@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 
-from ..errors import InputError
+from ..errors import check_number
 from .readings import Decision, Reading, scalars
 
 
@@ -26,8 +27,7 @@ class MemoryRecorder:
     """
 
     def __init__(self, max_records: int = 10_000) -> None:
-        if max_records < 1:
-            raise InputError("max_records must be at least 1", got=max_records, fix="Write 1000.")
+        check_number("max_records", max_records, least=1, below=sys.maxsize, integer=True, example="1000")
         self.records: deque[tuple[int, tuple[Reading, ...]]] = deque(maxlen=max_records)
         self.decisions: deque[Decision] = deque(maxlen=max_records)
 

@@ -6,11 +6,12 @@ Free of torch, so that a dashboard or a report can read records without importin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import InputError, check_flag, check_kind, printable, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,6 +62,14 @@ class Quantity:
 
     def __post_init__(self) -> None:
         """Refuse a number without words."""
+        for name in ("unit", "sentence", "chart", "formula", "cost", "source", "tells", "act"):
+            check_kind(name, getattr(self, name), str, '"..."')
+        if self.verdict is not None and not callable(self.verdict):
+            raise InputError(
+                "verdict must be a callable (reading, others) -> sentence",
+                got=shown(self.verdict),
+                fix='Write verdict=lambda reading, others: "...".',
+            )
         if not (self.unit.strip() and self.sentence.strip()):
             raise InputError(
                 "a quantity needs a unit and a sentence",
@@ -102,6 +111,21 @@ class Reading:
     resolved: bool = True
     quantity: Quantity | None = field(default=None, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        """Take plain numbers for what they are, and refuse what is neither a number nor an array."""
+        if not isinstance(self.key, str) or self.key.count("/") < 2:
+            raise InputError(
+                "the key of a reading has three parts", got=shown(self.key), fix='Write "prefix/group/name".'
+            )
+        if not hasattr(self.value, "tolist") or getattr(self.value, "ndim", None) == 0:
+            object.__setattr__(self, "value", _number("value", self.value))
+        for name in ("stderr", "low", "high"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        for name in ("unit", "sentence", "note"):
+            check_kind(name, getattr(self, name), str, '"..."')
+        check_flag("resolved", self.resolved)
+        check_kind("quantity", self.quantity, (Quantity, type(None)), 'Quantity("1", "What it is.")')
+
     @property
     def number(self) -> float:
         """The value; ``nan`` for an array."""
@@ -122,6 +146,11 @@ class Reading:
     def is_scalar(self) -> bool:
         """Whether the value is a plain number."""
         return isinstance(self.value, float)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is a number or an array, or the answer that the error does not allow one."""
+        return not self.is_scalar or self.is_finite or not self.resolved
 
     @property
     def is_finite(self) -> bool:
@@ -215,6 +244,14 @@ def _with_error(value: float, stderr: float) -> str:
     return f"{value:.4g} ± {stderr:.2g}" if math.isfinite(stderr) and stderr else f"{value:.4g}"
 
 
+def _number(name: str, value: Any) -> float:
+    """A plain number, from whatever kind of number it is; it may be ``nan`` or infinite."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real and getattr(value, "ndim", None) != 0:
+        raise InputError(f"{name} must be a number", got=shown(value), fix=f"Write {name}=0.5, or math.nan.")
+    return value if isinstance(value, float) else float(value)
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -244,6 +281,21 @@ def scalars(readings: tuple[Reading, ...] | list[Reading]) -> dict[str, float]:
     return flat
 
 
+def measured(readings: Sequence[Reading]) -> list[Reading]:
+    """Those of one observable that were measured; none where nothing of it is a number or a bound.
+
+    Args:
+        readings: One record of one observable.
+
+    Example:
+        >>> lost = [Reading("d/fdr/ratio", math.nan, resolved=False), Reading("d/fdr/left", math.nan)]
+        >>> measured(lost), len(measured([*lost, Reading("d/fdr/right", 0.5)]))
+        ([], 2)
+    """
+    alive = any(not r.is_scalar or r.is_finite or math.isfinite(r.low) for r in readings)
+    return [reading for reading in readings if alive and reading.is_measured]
+
+
 def make_key(prefix: str, group: str, name: str) -> str:
     """Join prefix, observable group and reading name: ``dynamics/ntk/drift``.
 
@@ -257,6 +309,20 @@ def make_key(prefix: str, group: str, name: str) -> str:
         'dynamics/fdr/ratio/head'
     """
     return f"{prefix}/{group}/{name}"
+
+
+def last_part(name: object, otherwise: str = "") -> str:
+    """A name that someone else gave, as the last part of a key: printable, without a slash, not empty.
+
+    Args:
+        name: What was given.
+        otherwise: The name where nothing of it is left.
+
+    Example:
+        >>> last_part("head/bias"), last_part(" ", "0")
+        ('head.bias', '0')
+    """
+    return printable(str(name)).replace("/", ".").strip() or otherwise
 
 
 def stderr_key(key: str) -> str:

@@ -7,26 +7,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import InputError, check_flag, check_kind, shown
 from .readings import Decision, Quantity, Reading, make_key, scalars
 
 if TYPE_CHECKING:
     import numpy as np
 
 _IMAGE_EDGE = 256
+_SUFFIX = ".gradiometer"
+"""Ends the names of event files that are opened here."""
 
 
 class TensorBoardRecorder:
     """Scalars with their errors, kernels as images, spectra as histograms, decisions as text.
 
+    A run that was interrupted and goes on in its directory repeats steps: what the earlier run wrote there
+    from the first of them on is hidden, as ``SummaryWriter(purge_step=...)`` does it.
+
     Args:
-        log_dir: Run directory, or a ``SummaryWriter`` that is already open (it is not closed here).
+        log_dir: Run directory, or a ``SummaryWriter`` that is already open (it is not closed here). Where the
+            script writes its losses into the same directory, pass its writer.
         layout: Also write a custom-scalars layout that groups the curves. A second layout in one run
             replaces the first, so it is off by default.
         prefix: Prefix of the keys in the layout and of the text.
 
     Raises:
-        InputError: If TensorBoard is not installed.
+        InputError: If TensorBoard is not installed, or nothing can be written there.
 
     Example:
         >>> import tempfile
@@ -35,7 +41,16 @@ class TensorBoardRecorder:
     """
 
     def __init__(self, log_dir: str | Path | Any, *, layout: bool = False, prefix: str = "dynamics") -> None:
+        check_kind("prefix", prefix, str, '"dynamics"')
+        check_flag("layout", layout)
         self._owned = isinstance(log_dir, (str, Path))
+        if not self._owned and not callable(getattr(log_dir, "add_scalar", None)):
+            raise InputError(
+                "log_dir must be a folder or an open SummaryWriter",
+                got=shown(log_dir),
+                fix='Write TensorBoardRecorder("runs/a").',
+            )
+        self._resumed = isinstance(log_dir, (str, Path)) and any(Path(log_dir).glob(f"*tfevents*{_SUFFIX}"))
         self.writer: Any = _writer(log_dir) if isinstance(log_dir, (str, Path)) else log_dir
         self._prefix, self._layout = prefix, layout
         self._expected: dict[str, Quantity] = {}
@@ -46,6 +61,7 @@ class TensorBoardRecorder:
 
     def __call__(self, step: int, readings: Sequence[Reading]) -> None:
         """Write one record, before the first one the layout."""
+        self._go_on(step)
         if self._layout:
             words = with_words(self._expected, readings)
             self.writer.add_custom_scalars(custom_scalars_layout(self._prefix, words))
@@ -56,13 +72,34 @@ class TensorBoardRecorder:
 
     def record_decisions(self, decisions: Sequence[Decision]) -> None:
         """Write them as text."""
+        for decision in decisions[:1]:
+            self._go_on(decision.step)
         write_decisions(self.writer, decisions, self._prefix)
+
+    def _go_on(self, step: int) -> None:
+        """Before the first step that is written: hide what an interrupted run left from there on."""
+        if self._resumed:
+            hide_from(self.writer, step)
+            self._resumed = False
 
     def close(self) -> None:
         """Flush, and close the writer if it was opened here."""
         self.writer.flush()
         if self._owned:
             self.writer.close()
+
+
+def hide_from(writer: Any, step: int) -> None:
+    """Hide what earlier runs wrote into the directory of a writer, from a step on.
+
+    Args:
+        writer: A ``SummaryWriter`` that has written nothing from that step on.
+        step: The step at which the run goes on.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    for _ in range(2):  # TensorBoard takes the first in a directory for the beginning of its run
+        writer.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step)
 
 
 def write_arrays(writer: Any, step: int, readings: Sequence[Reading]) -> None:
@@ -142,7 +179,10 @@ def _writer(log_dir: str | Path) -> Any:
         raise InputError(
             "TensorBoardRecorder needs tensorboard", fix="pip install 'gradiometer[tensorboard]'"
         ) from error
-    return SummaryWriter(str(log_dir))
+    try:
+        return SummaryWriter(str(log_dir), filename_suffix=_SUFFIX)
+    except (OSError, ValueError) as error:
+        raise InputError("cannot write charts there", got=error, fix="Write to another folder.") from error
 
 
 def _image(matrix: np.ndarray) -> np.ndarray:

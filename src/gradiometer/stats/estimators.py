@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, check_number
 from .linalg import accumulation_dtype
 
 Floats = NDArray[np.float64]
@@ -495,7 +495,7 @@ class Window(Estimator):
         steps: Length of the window in optimizer steps.
 
     Raises:
-        InputError: If ``steps`` is not positive.
+        InputError: If ``steps`` is not a positive whole number.
 
     Example:
         >>> window = Window(2)
@@ -507,8 +507,7 @@ class Window(Estimator):
 
     def __init__(self, steps: int = 1000) -> None:
         super().__init__()
-        if steps < 1:
-            raise InputError("Window(steps) must be at least 1", got=steps, fix="Write Window(1000).")
+        check_number("steps", steps, least=1, integer=True, example="1000")
         self.steps = steps
 
     def _oldest(self, begin: int, step: int) -> float:
@@ -555,8 +554,7 @@ class Ema(Estimator):
 
     def __init__(self, decay: float = 0.95) -> None:
         super().__init__()
-        if not 0.0 < decay < 1.0:
-            raise InputError("Ema(decay) must lie between 0 and 1", got=decay, fix="Write Ema(0.95).")
+        check_number("decay", decay, above=0, below=1, example="0.95")
         self.decay = decay
         self._state.span = max(1, round(1.0 / (8.0 * (1.0 - decay))))
 

@@ -1,7 +1,8 @@
 """Norms, inner products and random orthonormal directions.
 
-Float32 (or the tensor's own precision) inside one tensor, float64 across tensors: a float64 pass over
-all parameters costs as much as half a small training step, and is not needed.
+Complex numbers are pairs of reals throughout, as optimizers take them. Float32 (or the tensor's own
+precision) inside one tensor, float64 across tensors: a float64 pass over all parameters costs as much as
+half a small training step, and is not needed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,35 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def in_reals(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, without a copy; a real one as it is.
+
+    Args:
+        tensor: Any tensor.
+
+    Shapes:
+        Complex ``[...]`` -> real ``[..., 2]``.
+
+    Example:
+        >>> in_reals(torch.tensor([1 + 2j]))
+        tensor([[1., 2.]])
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def real_numbers(tensor: Tensor) -> int:
+    """How many real numbers a tensor holds: two for each complex one.
+
+    Args:
+        tensor: Any tensor.
+
+    Example:
+        >>> real_numbers(torch.ones(3, dtype=torch.cfloat))
+        6
+    """
+    return tensor.numel() * (1 + tensor.is_complex())
+
+
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Squared norm of each tensor.
 
@@ -38,11 +68,12 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
         >>> squared_norms([torch.ones(4), torch.full((2, 2), 2.0)])
         tensor([ 4., 16.], dtype=torch.float64)
     """
+    tensors = [in_reals(tensor) for tensor in tensors]
     kinds = {tensor.dtype for tensor in tensors}
     dtype = None
     if not kinds.isdisjoint(_HALF):
         dtype = torch.float64 if torch.float64 in kinds else torch.float32
-    norms = torch._foreach_norm(list(tensors), 2.0, dtype)
+    norms = torch._foreach_norm(tensors, 2.0, dtype)
     if norms[0].is_cpu:  # nobody waits for a device there, and plain numbers are faster than small tensors
         lengths = [norm.item() for norm in norms]
         return torch.tensor([length * length for length in lengths], dtype=torch.float64)
@@ -50,11 +81,11 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Inner product of each pair of tensors.
+    """Inner product of each pair of tensors; of complex ones the real part of ``conj(left) . right``.
 
     Args:
         left: Tensors.
-        right: As many tensors of the same shapes.
+        right: As many tensors of the same shapes, complex where those are.
 
     Returns:
         One inner product per pair.
@@ -68,7 +99,7 @@ def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """
     dtype = accumulation_dtype(left[0].device)
     products = []
-    for a, b in zip(left, right, strict=True):
+    for a, b in zip(map(in_reals, left), map(in_reals, right), strict=True):
         common = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         products.append(torch.dot(a.reshape(-1).to(common), b.reshape(-1).to(common)).to(dtype))
     return torch.stack(products)

@@ -8,8 +8,10 @@ from torch import Tensor
 from ..errors import InputError
 
 __all__ = [
+    "check_population",
     "gradient_noise_scale",
     "moments_of_parts",
+    "of_training_set",
     "sgd_noise_scale",
     "solve",
 ]
@@ -19,7 +21,12 @@ PARTS, BATCH, PARTS_NOISE, BATCH_NOISE = range(4)
 
 
 def gradient_noise_scale(
-    sq_norms: Tensor, sizes: Tensor, batch_sq_norm: Tensor, *, loss_reduction: str = "mean"
+    sq_norms: Tensor,
+    sizes: Tensor,
+    batch_sq_norm: Tensor,
+    *,
+    loss_reduction: str = "mean",
+    dataset_size: int | None = None,
 ) -> dict[str, Tensor]:
     r"""Unbiased noise trace and squared gradient norm from the parts of one batch.
 
@@ -33,11 +40,17 @@ def gradient_noise_scale(
     of its mean loss with equal weight, so ``g_j`` is k times the contribution, and ``|G|^2`` is on the
     scale of the gradient that the optimizer sees. ``"sum"``: ``g_j`` is the contribution over ``b_j``.
 
+    These are the moments of what the examples are independent draws of. Examples of a batch that is drawn
+    without replacement from N repel each other; with ``dataset_size=`` the moments are those of the N
+    examples themselves, see ``of_training_set``.
+
     Args:
         sq_norms: Squared norm of each part's contribution to the batch gradient.
         sizes: Examples in each part.
         batch_sq_norm: Squared norm of the batch gradient (the sum of the contributions), unclipped.
         loss_reduction: Whether the loss is a ``"mean"`` or a ``"sum"`` over examples.
+        dataset_size: Examples in the training set, N, where the parts are drawn from it without
+            replacement: no two of their examples are the same one.
 
     Returns:
         ``trace`` (S) and ``grad_sq_norm`` (:math:`|G|^2`). Average both over steps before dividing:
@@ -50,11 +63,12 @@ def gradient_noise_scale(
         (loss / parameter)^2, the trace times one example.
 
     Raises:
-        InputError: Fewer than two parts, an empty part, or an unknown reduction.
+        InputError: Fewer than two parts, an empty part, an unknown reduction, or more examples in the
+            parts than in the training set.
 
     Source:
         McCandlish et al. 2018, arXiv:1812.06162, appendix A; the weights for
-        unequal parts are ours.
+        unequal parts and the correction for a finite population are ours.
 
     Example:
         >>> sq_norms = torch.tensor([0.75, 0.75])     # two contributions of squared norm 3/4: g_j^2 = 3
@@ -73,6 +87,7 @@ def gradient_noise_scale(
         )
     if bool((sizes < 1).any()):
         raise InputError("every part must hold an example", got=sizes.tolist(), fix="Drop empty parts.")
+    check_population(sizes, dataset_size)
     b = sizes.double()
     mean = loss_reduction == "mean"
     share = torch.full_like(b, 1.0 / k) if mean else b / b.sum()
@@ -80,7 +95,58 @@ def gradient_noise_scale(
     batch_mean = batch_sq_norm.double() / (1.0 if mean else b.sum().square())
     means = sq_norms.double()[:, None] * factor.square()[:, None]
     trace, signal = solve(moments_of_parts(means, b, share, batch_mean[None]), torch.ones_like(b[0]))
+    if dataset_size is not None:
+        trace, signal = of_training_set(trace, signal, 1 / dataset_size)
     return {"trace": trace[0], "grad_sq_norm": signal[0]}
+
+
+def check_population(sizes: Tensor, dataset_size: int | None) -> None:
+    """Refuse parts that cannot have been drawn without replacement.
+
+    Args:
+        sizes: Examples in each part.
+        dataset_size: Examples they are drawn from; not known when ``None``.
+
+    Raises:
+        InputError: More examples than there are.
+    """
+    if dataset_size is not None and int(sizes.sum()) > dataset_size:
+        raise InputError(
+            "parts drawn without replacement cannot hold more examples than the training set",
+            got=f"{int(sizes.sum())} examples, dataset_size={dataset_size}",
+            fix="Leave dataset_size= out where batches are drawn with replacement.",
+        )
+
+
+def of_training_set(trace: Tensor, signal: Tensor, share: Tensor | float) -> tuple[Tensor, Tensor]:
+    r"""Moments of the training set itself, from those of parts of it that share no example.
+
+    Two examples drawn without replacement from N have the covariance :math:`-\Sigma/(N-1)`, and so have
+    means of distinct parts, whatever their sizes. Moments of independent parts are linear in this covariance:
+    instead of S they find :math:`S N/(N-1)`, and instead of :math:`|G|^2` they find
+    :math:`|G|^2 - S/(N-1)`. Hence
+
+    .. math:: S = S_{est}\,(1 - \tfrac1N), \qquad |G|^2 = |G|^2_{est} + \frac{S_{est}}{N}
+
+    Args:
+        trace: Trace of the noise, as if the parts were independent.
+        signal: Squared gradient norm, as if they were.
+        share: 1 / N; 0 where they are independent.
+
+    Returns:
+        Both of the N examples.
+
+    Shapes:
+        Any that broadcast.
+
+    Source:
+        Covariance of samples without replacement: Cochran 1977, Sampling Techniques, section 2.9.
+
+    Example:
+        >>> of_training_set(torch.tensor(10.0), torch.tensor(-1.0), 1 / 5)
+        (tensor(8.), tensor(1.))
+    """
+    return trace * (1 - share), signal + trace * share
 
 
 def moments_of_parts(
