@@ -81,7 +81,7 @@ class Measurement(Resumable):
         self.instruments = Instruments(observables, prefix, guard, self.ranks, self.steering.feeds)
         self.memories: dict[str, Memory] = {name: {} for name in COLLECTORS}
         self.settings = Settings()
-        self._step_watch = StepWatch(training)
+        self.step_watch = StepWatch(training)
         self._probe_size, self._dataset_size, self._replacement = probe_size, dataset_size, replacement
         self._controllers, self._prefix, self._budget = tuple(controllers), prefix, budget
         self._fixed_order = fixed_order
@@ -185,7 +185,7 @@ class Measurement(Resumable):
         Args:
             step: The step under way.
         """
-        self._tell(self._step_watch.batch_began())
+        self._tell(self.step_watch.batch_began())
         if step is None or (not step.ready and not step.sizes):
             return step
         in_place = any(parameter.grad is not None for parameter in self.training.parameters())
@@ -259,7 +259,7 @@ class Measurement(Resumable):
         Args:
             step: The step under way.
         """
-        self._tell(self._step_watch.step_announced())
+        self._tell(self.step_watch.step_announced())
         self._agree()
         with self.steering.rates_in_force():
             step.before_step()
@@ -275,7 +275,7 @@ class Measurement(Resumable):
             step: The step under way, where its batch was shown.
         """
         self._updates += 1
-        self._step_watch.step_made()
+        self.step_watch.end()
         examples = 0 if step is None else sum(step.sizes)
         if self.settings.jumped(self.training.optimizer, examples) or self.steering.turned:
             self.restart("settings")

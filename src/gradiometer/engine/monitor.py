@@ -364,6 +364,7 @@ class Monitor:
         """Remove the hooks, close the recorders and end all measuring; may be called twice."""
         self._closed = True
         self._handle.remove()
+        self._measurement.step_watch.end()
         self._measurement.ranks.leave()
         self._measurement.steering.close()
         self._measurement.calls.stop()

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..collect.base import Training
+from ..optimizers import unwrapped
 
 EVERY = 5
 """Micro-batches, or calls of ``before_step``, between two looks at the weights."""
@@ -21,7 +22,9 @@ _FEW = 8
 
 
 class StepWatch:
-    """Watches until the first step is seen, and tells once if it never comes.
+    """Watches until the first step begins, and tells once if it never comes.
+
+    A step that calls its closure several times moves the weights before it is made.
 
     Args:
         training: What is trained, and by which optimizer.
@@ -44,10 +47,15 @@ class StepWatch:
         self._over = False
         self._batches = self._announced = self._without_gradient = self._moves = 0
         self._before: list[Tensor] = []
+        self._handle = unwrapped(training.optimizer).register_step_pre_hook(self._step_begins)
 
-    def step_made(self) -> None:
-        """A step was seen: there is nothing more to watch for."""
+    def _step_begins(self, *_: object) -> None:
+        self._over = True
+
+    def end(self) -> None:
+        """A step was made, or nothing is measured any more: there is nothing more to watch for."""
         self._over, self._before = True, []
+        self._handle.remove()
 
     def batch_began(self) -> str:
         """Count a micro-batch.
@@ -98,7 +106,7 @@ class StepWatch:
         return [tensor.detach().clone() for tensor in smallest if not tensor.is_meta]
 
     def _told(self, what: str) -> str:
-        self.step_made()
+        self.end()
         name = type(self._training.optimizer).__name__
         return (
             f"optimizer.step() was never seen: this {name} has not stepped, and nothing is recorded until it "
