@@ -72,12 +72,17 @@ def check_batches(
         batch_dim: As for :class:`~gradiometer.engine.monitor.Monitor`.
         batch_size: As for :class:`~gradiometer.engine.monitor.Monitor`.
         output: As for :class:`~gradiometer.engine.monitor.Monitor`.
-        probe: As for :class:`~gradiometer.engine.monitor.Monitor`; tried when there is a model.
+        probe: As for :class:`~gradiometer.engine.monitor.Monitor`; a batch is tried when there is a model.
 
     Raises:
         InputError: With what to write instead.
     """
-    del probe
+    if isinstance(probe, str) and probe != "forget":
+        raise InputError(
+            "the probe is a batch, or the word that it is not kept in checkpoints",
+            got=shown(probe),
+            fix='Write probe=(x, y) or probe="forget".',
+        )
     if forward is not None and not callable(forward):
         raise InputError(
             "forward must be a callable (model, x) -> outputs [N, O]",
