@@ -117,6 +117,8 @@ class Calls:
         Raises:
             InputError: If there is none.
         """
+        if self._size_axis == 0 and isinstance(x, Tensor) and x.ndim and x.shape[0]:
+            return x.shape[0]
         if self._size_axis is None:
             return self._last_size
         if self._size_axis == 0 and (self.understood or _is_batch(x)):
