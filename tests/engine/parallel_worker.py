@@ -72,6 +72,9 @@ def main(kind: str, rank: int, meeting: str, path: str) -> None:
                 y = (x[:, 0] > 0).long()
                 with gradiometer_context(monitor, x, y), accumulating(model, part < micro_batches - 1):
                     (F.cross_entropy(model(x), y) / micro_batches).backward()
+                if kind == "outside":
+                    (0.1 * model(x).square().mean()).backward()
+            change(kind, net)
             if monitor is not None:
                 monitor.before_step()
             optimizer.step()
@@ -82,6 +85,15 @@ def main(kind: str, rank: int, meeting: str, path: str) -> None:
     print(json.dumps({"said": [str(each.message) for each in caught], "weights": weights}))
     dist.barrier()  # gloo aborts a process whose peer leaves in the middle of a message
     dist.destroy_process_group()
+
+
+def change(kind: str, net: nn.Module) -> None:
+    """What comes between the backward passes and ``before_step``."""
+    if kind == "clipped":
+        nn.utils.clip_grad_norm_(net.parameters(), 0.05)
+    elif kind == "summed":
+        for parameter in net.parameters():
+            parameter.grad *= dist.get_world_size()
 
 
 class Nothing:

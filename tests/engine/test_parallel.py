@@ -150,6 +150,19 @@ def test_what_one_rank_cannot_measure_is_left_out_on_all(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clipped", "summed", "outside"])
+def test_a_gradient_that_is_not_the_mean_over_the_ranks_is_refused(kind, tmp_path):
+    (first, second), said = run(kind, tmp_path)
+    assert values(first) == values(second)
+    noise = [value for (_, key), (value, *_) in values(first).items() if "/noise/" in key]
+    assert set(noise) == {None}  # nan
+    for texts in said:
+        (text,) = texts
+        assert "is not the mean over the processes of what their backward passes gave" in text
+        assert "Call monitor.before_step() right after the last backward pass" in text
+
+
+@pytest.mark.slow
 def test_a_wrapped_model_goes_on_training(tmp_path):
     """A forward of the wrapper announces a backward pass, which a measurement does not make."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)

@@ -65,6 +65,7 @@ class Step:
         reduction: ``"mean"`` or ``"sum"`` over the examples of a micro-batch.
         axes: The examples' axis of the input of each layer, where it was tried.
         refusal: Why the examples of a batch are not known.
+        apart: Whether each of several processes reads for itself.
         loss_divisor: What the loss of each micro-batch was divided by; unknown when ``None``.
         loss_scale: Factor on the loss during the backward pass.
         grad_scale: Factor still in ``.grad`` at ``before_step``.
@@ -84,6 +85,7 @@ class Step:
     reduction: str = "mean"
     axes: Mapping[nn.Module, int] = field(default_factory=dict)
     refusal: UnsupportedError | None = None
+    apart: bool = False
     loss_divisor: float | None = None
     loss_scale: float = 1.0
     grad_scale: float = 1.0

@@ -153,6 +153,7 @@ class _Source(PartsCollector):
                 skipped=skipped or {},
                 processes=processes,
                 note="" if balance is None else balance.note,
+                sums=None if balance is None or balance.sums is None else balance.sums.where(finite[m], 0.0),
             )
             for m in range(len(finite))
         ]
@@ -221,7 +222,10 @@ class _HookedSource(_Source):
         hooks = self.accounts.hooks
         self.seconds_in_hooks, hooks.seconds = self.seconds_in_hooks + hooks.seconds, 0.0
         balance = self.accounts.settle(
-            self.step.grad_scale, self.step.loss_scale, recording=self.step.recording
+            self.step.grad_scale,
+            self.step.loss_scale,
+            recording=self.step.recording,
+            apart=self.step.apart,
         )
         if isinstance(balance, Balance) and balance.micro_batches:
             self.step.sizes[:] = self.accounts.sizes

@@ -39,6 +39,10 @@ class Balance:
         weight: 1, or 0 where parts and whole are not one gradient.
         averaged: Whether micro-batches were averaged after their backward passes, not in their losses.
         note: What was undone, in words.
+        sums: Of several processes, whose mean is ``.grad``: see :class:`GradientParts`.
+
+    Shapes:
+        factor and weight scalars, sums ``[4]``.
     """
 
     micro_batches: list[Received]
@@ -46,6 +50,7 @@ class Balance:
     weight: float | Tensor = 1.0
     averaged: bool = False
     note: str = ""
+    sums: Tensor | None = None
 
 
 class Accounts:
@@ -85,7 +90,7 @@ class Accounts:
         return {name: self.directions.along(name, gradient) for name, gradient in gradients.items()}
 
     def settle(
-        self, grad_scale: float, loss_scale: float, *, recording: bool
+        self, grad_scale: float, loss_scale: float, *, recording: bool, apart: bool = False
     ) -> Balance | SampleSkippedError:
         """Hold ``.grad`` against the sum of the parts, before the optimizer's step.
 
@@ -93,6 +98,7 @@ class Accounts:
             grad_scale: Factor still in ``.grad``.
             loss_scale: Factor on the loss in the backward pass.
             recording: Whether to wait for the device; else a difference only makes the weight 0.
+            apart: Whether what other processes gave is out of reach.
         """
         if self.hooks.error is not None:
             raise self.hooks.error
@@ -104,9 +110,15 @@ class Accounts:
                 fix="From the next sample on they are added up.",
             )
         micro_batches = [m for m in self.hooks.micro_batches if m.norms and not m.given_up]
-        if parallel.world_size() > 1 or not micro_batches:  # .grad is the mean over processes
+        if not micro_batches:
+            return Balance(micro_batches)
+        several = parallel.world_size() > 1
+        divided = any(hasattr(p.grad, "_local_tensor") for p in self._parameters.values())
+        if several and (apart or divided):
             return Balance(micro_batches)
         table = _Table.of(micro_batches, self._parameters, self._along_grad(), self._left_over)
+        if several:  # .grad is the mean over processes
+            return Balance(micro_batches, sums=table.sums(grad_scale / loss_scale))
         if table.on_device and not recording:
             return _without_waiting(micro_batches, table, grad_scale / loss_scale)
         balance = _judged(micro_batches, table, grad_scale / loss_scale)
@@ -168,6 +180,11 @@ class _Table:
             grad_norms=row(norms),
             left_over=row(left_over),
         )
+
+    def sums(self, factor: float) -> Tensor:
+        """The parts and the whole along one direction for all parameters, and how far apart they may be."""
+        parts, slack = factor * self.parts.sum(), factor * self.slack.sum()
+        return torch.stack([parts, self.grad.sum(), self.grad_norms.square().sum(), slack])
 
     @property
     def on_device(self) -> bool:

@@ -68,10 +68,14 @@ class GradientParts:
         skipped: Why the others are missing, by parameter name.
         processes: Processes whose parts make up the batch's gradient.
         note: What was undone between the parts and the batch, in words.
+        sums: Of several processes: these parts' gradient along a random direction, the batch's gradient
+            along it, its squared norm, and what rounding may make of the difference. In the mean over the
+            processes the first two are the same.
         preconditioned: The same in the metric of the optimizer's own steps, where it is asked for.
 
     Shapes:
-        sq_norms ``[k, U]``, sizes and shares ``[k]``, batch_sq_norm and parameters ``[U]``, weight scalar.
+        sq_norms ``[k, U]``, sizes and shares ``[k]``, batch_sq_norm and parameters ``[U]``, weight scalar,
+        sums ``[4]``.
     """
 
     source: str
@@ -85,6 +89,7 @@ class GradientParts:
     skipped: Mapping[str, str]
     processes: int = 1
     note: str = ""
+    sums: Tensor | None = None
     preconditioned: GradientParts | None = None
 
 

@@ -217,6 +217,10 @@ class Instruments:
                     instrument.settled()
                 try:
                     readings += instrument.read(taking, step.number, label)
+                except SampleSkippedError as error:  # by what was averaged: on all processes, if on one
+                    if not self._guard.contains:
+                        raise
+                    self._settle(instrument, taking, error, step.number, ready=step.ready)
                 except Exception as error:
                     self.fail(step, taking, error)
             if taking.failed and not instrument.owed:

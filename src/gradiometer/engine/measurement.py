@@ -263,6 +263,7 @@ class Measurement(Resumable):
         """
         self._tell(self.step_watch.step_announced())
         self._agree()
+        step.apart = self.ranks.apart
         with self.steering.rates_in_force():
             step.before_step()
             early = [taking for taking in step.takings if not taking.done and taking.needs <= EARLY]

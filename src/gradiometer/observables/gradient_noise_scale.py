@@ -25,12 +25,12 @@ from ..stats.estimators import Estimator, Reference, Window
 from ..stats.noise_scale import (
     BATCH,
     gradient_noise_scale,
-    moments_of_parts,
     of_training_set,
     sgd_noise_scale,
     solve,
 )
 from .base import Estimate, Numbers, Observable, Sample
+from .noise_parts import check_one_gradient, comparable, moments_like
 from .noise_resolution import (
     OF_THE_DATA_SET,
     beside_data_set,
@@ -421,6 +421,8 @@ class GradientNoiseScale(Observable):
         share, _ = population(snapshot)
         if share is not None:
             settings["example_share"] = share
+        if first.sums is not None:
+            statistics["sums"] = first.sums
         for name, value in settings.items():
             statistics[name] = first.sq_norms.new_full((), value)
         return Sample(statistics, first.weight)
@@ -428,7 +430,7 @@ class GradientNoiseScale(Observable):
     def _measured(self, snapshot: Snapshot, first: GradientParts) -> dict[str, tuple[Tensor, ...]]:
         """Moments, weight, parameters and coverage by row; zeros where a source was not measured."""
         absent = torch.zeros_like(first.weight)
-        moments = _moments_of(first, first)
+        moments = moments_like(first, first)
         rows = {FIRST: (first, torch.ones_like(first.weight))}
         for other, field in self._others.items():
             parts = getattr(snapshot, field) if snapshot.has(field) else None
@@ -442,7 +444,7 @@ class GradientNoiseScale(Observable):
             rows[PRECONDITIONED] = (parts or first, absent if parts is None else parts.weight)
         return {
             name: (
-                (moments if parts is first else _moments_of(parts, first)) * weight,
+                (moments if parts is first else moments_like(parts, first)) * weight,
                 weight,
                 parts.parameters * weight,
                 parts.coverage * weight,
@@ -470,6 +472,8 @@ class GradientNoiseScale(Observable):
 
     def readings(self, now: Mapping[str, Tensor], reference: Reference) -> Numbers:
         """Ratios of the averages with their intervals, in total and per section."""
+        if "sums" in now:
+            check_one_gradient(now["sums"][0])
         weights, batch = reference.weights, float(now["batch_size"][0])
         traces, signals = self._solved(now, self._main)
         main = self._rows.index(self._main)
@@ -571,24 +575,6 @@ def _heat(snapshot: Snapshot) -> dict[str, float]:
     size = min(snapshot.batch_size, snapshot.dataset_size)
     scale = sgd_noise_scale(lr, snapshot.dataset_size, size, first.momentum, replacement=replacement)
     return {"sgd_scale": scale, "heat": scale / snapshot.dataset_size}
-
-
-def comparable(first: GradientParts, second: GradientParts) -> bool:
-    """Whether two sources look at the same numbers of parameters in every section.
-
-    Args:
-        first: Parts of a batch.
-        second: Parts from another source.
-    """
-    return torch.equal(first.parameters, second.parameters)
-
-
-def _moments_of(parts: GradientParts, like: GradientParts) -> Tensor:
-    """Moments of one source, in the form of the first one's."""
-    moments = moments_of_parts(
-        parts.sq_norms, parts.sizes, parts.shares, parts.batch_sq_norm, parts.processes
-    )
-    return moments.to(like.sq_norms)
 
 
 def _latest(name: str, reference: Reference) -> float:
