@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradiometer import Monitor, Quantity, empirical_ntk
+from gradiometer import JacobianRegularizer, Monitor, Quantity, empirical_ntk
 from gradiometer.autodiff import rules
 from gradiometer.collect.base import Step, Training
 from gradiometer.collect.sections import Sections
@@ -22,6 +22,7 @@ from gradiometer.optimizers import base as families
 from gradiometer.optimizers import rebuilds, squared_displacements
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture
@@ -219,6 +220,73 @@ def test_the_example_of_an_optimizer_runs(nothing_stays_registered):
     assert rebuilds(optimizer)
     optimizer.step()
     assert squared_displacements(optimizer, optimizer.param_groups[0]).item() == pytest.approx(0.5)
+
+
+# -- the code of the pages runs ---------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """What ``self`` is in a training step."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.regularizer = nn.Linear(4, 2), JacobianRegularizer(0.01)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def blocks(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return [part.partition("\n```")[0] for part in text.split("```python\n")[1:]]
+
+
+def surroundings():
+    """What the code of a page takes for granted."""
+    import lightning as L
+    from torch.nn.utils import clip_grad_norm_
+    from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+    import gradiometer
+    from gradiometer.callbacks import DynamicsMonitor
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
+    modules = {"L": L, "torch": torch, "nn": nn, "F": nn.functional}
+    return {
+        **{name: getattr(gradiometer, name) for name in gradiometer.__all__},
+        **modules,
+        "clip_grad_norm_": clip_grad_norm_,
+        "DataLoader": DataLoader,
+        "RandomSampler": RandomSampler,
+        "DynamicsMonitor": DynamicsMonitor,
+        "dataset": TensorDataset(torch.randn(64, 4), torch.randint(2, (64,))),
+        "model": model,
+        "optimizer": optimizer,
+        "loader": [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(3)],
+        "self": Classifier(),
+        "x": torch.randn(8, 4),
+        "y": torch.randint(2, (8,)),
+        "loss_fn": nn.functional.cross_entropy,
+        "monitor": Monitor(model, optimizer),
+    }
+
+
+CODE = [(name, i) for name in PAGES for i in range(len(blocks(name)))]
+
+
+@pytest.mark.filterwarnings("ignore::gradiometer.errors.MeasurementWarning")
+@pytest.mark.parametrize(("name", "number"), CODE, ids=[f"{name}-{i}" for name, i in CODE])
+def test_the_code_of_a_page_runs(name, number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = surroundings()
+    exec(blocks(name)[number], names)
+    names["monitor"].close()
+
+
+def test_the_pages_have_code():
+    assert {name for name, _ in CODE} == {"README.md", "docs/control.md", "docs/design.md"}
 
 
 # -- renaming a reading touches the file that makes it, its row and its tests ------------------------

@@ -247,9 +247,10 @@ class NoiseCurvature(Observable):
     """B_noise, the curvature that the gradient noise feels, and the best learning rate for one step.
 
     From three parts of the step's last micro-batch, each with a gradient and a Hessian of its own, so that
-    every product is one of independent parts. Needs ``Monitor(loss_fn=...)``. The loss alone: neither the
-    weight decay of the optimizer nor its momentum or preconditioner is part of it, and so it works under
-    every optimizer. Batch norm normalises within each part.
+    every product is one of independent parts. Needs the loss, read off its graph or given as
+    ``Monitor(loss_fn=...)``. The loss alone: neither the weight decay of the optimizer nor its momentum or
+    preconditioner is part of it, and so it works under every optimizer. Batch norm normalises within each
+    part.
 
     B_noise is a ratio of averages with Fieller's interval. Where the curvature along the gradient is within
     two standard errors of zero it is not resolved: the reading is ``nan``, and its lower bound stands.

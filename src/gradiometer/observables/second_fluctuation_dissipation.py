@@ -374,8 +374,9 @@ class SecondFluctuationDissipation(Observable):
     Hessian may couple them. Both sides come from three parts of the step's last micro-batch: with the steps
     :math:`u_i` that torch would make of each part's gradient, momentum, Nesterov and L2 included, left is
     the mean of :math:`u_i\cdot\nabla f_l` and right follows from :math:`u_i^T\nabla^2 f_j\,u_l` of distinct
-    parts and, for the noise, of i = l, scaled from a part to the whole batch. Needs
-    ``Monitor(loss_fn=...)``; a summed loss is read as the mean loss at as many times the learning rate.
+    parts and, for the noise, of i = l, scaled from a part to the whole batch. Needs the loss, read off its
+    graph or given as ``Monitor(loss_fn=...)``; a summed loss is read as the mean loss at as many times the
+    learning rate.
 
     The relation takes the gradient's mean at given weights for the gradient of the loss, which only batches
     drawn independently of each other have. In a shuffled epoch the weights have moved along the gradients of
