@@ -47,7 +47,8 @@ class DynamicsMonitor(Callback):
         output_key: The same, as it was called before.
         batch_dim: Dimension of the network's inputs that counts the examples; found by trying when left out.
         forward: Maps the module and a whole batch to outputs ``[N, O]``, where calls cannot be noted.
-        probe: Fixed inputs for kernels and Jacobians, ``x`` or ``(x, y)``.
+        probe: Fixed inputs for kernels and Jacobians, ``x`` or ``(x, y)``; ``"forget"`` keeps the first
+            training examples, which are taken when left out, out of checkpoints.
         dataset_size: Examples in the training set; the loader's when left out.
         replacement: Whether batches are drawn with replacement; as the loader's sampler says when left out.
         loss_reduction: Whether the loss is a mean or a sum over the examples of a batch; read off its graph

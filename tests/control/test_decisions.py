@@ -252,7 +252,7 @@ def test_closing_puts_the_rates_back_and_takes_the_hooks_off():
     assert not optimizer._optimizer_step_post_hooks
     assert not optimizer._optimizer_state_dict_pre_hooks
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
-    plain = Monitor(*network(), [Clock(schedule=1)])
+    plain = train(Monitor(*network(), [Clock(schedule=1)]), 1)
     assert not plain.optimizer._optimizer_step_pre_hooks
     assert plain.decisions == ()
     assert plain.accumulation is None

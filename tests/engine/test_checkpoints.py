@@ -422,6 +422,31 @@ def test_the_same_probe_given_again_goes_on_and_another_one_does_not():
     assert latest(other, "ntk/drift") == 0.0
 
 
+@pytest.mark.parametrize(("probe", "kept"), [(None, True), ("forget", False)])
+def test_a_probe_to_be_forgotten_is_in_no_checkpoint(probe, kept):
+    x, y = batch()
+
+    def examples_in(state):
+        tensors = [leaf for leaf in leaves(plain(state)) if isinstance(leaf, torch.Tensor)]
+        return any(torch.isin(x, tensor.to(x.dtype)).any() for tensor in tensors)
+
+    monitor = steps(build(probe=probe), 4, lambda: (x, y))
+    state = reloaded(monitor.state_dict())
+    assert examples_in(state) is kept
+    other = build(probe=probe)
+    messages = said(lambda: other.load_state_dict(state))
+    assert any("(the probe is not in the checkpoint)" in text for text in messages) is not kept
+    steps(other, 2)
+    assert math.isfinite(latest(other, "ntk/trace"))
+    assert examples_in(other.state_dict()) is kept
+
+
+@pytest.mark.parametrize("build_one", [build, Session])
+def test_another_word_for_a_probe_is_refused(build_one):
+    with pytest.raises(InputError, match=r"'forgt'. Write probe=\(x, y\) or probe=.forget"):
+        build_one(probe="forgt")
+
+
 def test_a_controller_that_has_become_another_one_begins_anew():
     monitor = steps(build([], controllers=[Keeper("x")]), 2)
     state = copy.deepcopy(monitor.state_dict())

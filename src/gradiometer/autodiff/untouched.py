@@ -107,6 +107,7 @@ def _aside(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, DistributedDataParallel):  # no backward pass of its own will follow
                 stack.enter_context(module.no_sync())
+                module.require_forward_param_sync = False  # nor may buffers be sent; the state puts it back
         yield
 
 

@@ -55,7 +55,9 @@ def _is_compiled(module: nn.Module) -> bool:
 def _asked_for() -> tuple[int, ...]:
     """The backends that ``torch.compile`` was called with; none where the compiler is not even loaded."""
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")
-    backends = {} if eval_frame is None else eval_frame.cached_backends
+    backends = None if eval_frame is None else eval_frame.cached_backends
+    if not backends:
+        return ()
     return tuple(key for key, backend in backends.items() if backend is not None)
 
 

@@ -14,13 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..autodiff.functional import Forward, detached_copy, examples, matrix_forward, take
+from ..autodiff.functional import Forward, detached_copy, examples, fresh, matrix_forward, take
 from ..collect.base import Training
 from ..collect.call import CallCapture, NetworkCall
 from ..collect.compilation import CompilerWatch
-from ..collect.examples_axis import EITHER, Calling, find_calling, module_axes, output_leaves_of
+from ..collect.examples_axis import (
+    EITHER,
+    Calling,
+    find_calling,
+    module_axes,
+    output_leaves,
+    output_leaves_of,
+)
 from ..collect.loss_graph import BackwardWatch, FoundLoss
 from ..collect.own_batch import OwnBatch, batch_with_found_loss, batch_with_given_loss, layout_of_targets
+from ..collect.trial import trace_of_a_pass
 from ..errors import UnsupportedError
 from .step import StepUnderWay
 
@@ -109,6 +117,8 @@ class Calls:
         Raises:
             InputError: If there is none.
         """
+        if self._size_axis == 0 and isinstance(x, Tensor) and x.ndim and x.shape[0]:
+            return x.shape[0]
         if self._size_axis is None:
             return self._last_size
         if self._size_axis == 0 and (self.understood or _is_batch(x)):
@@ -162,7 +172,8 @@ class Calls:
         capture = None if listening is None else listening.capture
         if not self.understood:
             self.understood = True
-            if capture is not None:
+            self.refusal = self._trial(capture, shown.x)
+            if capture is not None and self.refusal is None:
                 self._learn(capture, shown.x)
         seen = None if capture is None else self._call_in(capture)
         if listening is not None:
@@ -187,6 +198,25 @@ class Calls:
         step.resize(size)
 
     # -- learning ----------------------------------------------------------------------------------
+
+    def _trial(self, capture: CallCapture | None, x: Any) -> UnsupportedError | None:
+        """Why passes of our own would change the run."""
+        model = self._training.model
+        calls = [] if capture is None else capture.calls
+
+        def run() -> list[Any]:
+            if calls:
+                args, kwargs = fresh((calls[0].args, calls[0].kwargs))
+                return output_leaves(model.get_submodule(calls[0].path)(*args, **kwargs))
+            return output_leaves(self.forward(model, fresh(x)))
+
+        trace = trace_of_a_pass(model, run)
+        if not trace:
+            return None
+        return UnsupportedError(
+            f"{type(model).__name__} cannot be run in passes of our own: {trace}",
+            fix="Keep such state in buffers or attributes of the module, and change weights after the step.",
+        )
 
     def _learn(self, capture: CallCapture, x: Any) -> None:
         """Find out how the network is called: the outermost module that tells is taken."""

@@ -10,7 +10,7 @@ import torch
 
 _JUMP = 0.01
 _PATIENCE = 3
-_NAMES = ("weight_decay", "momentum", "dampening", "alpha", "nesterov", "betas")
+_NAMES = ("lr", "weight_decay", "momentum", "dampening", "alpha", "nesterov", "betas")
 
 
 class Settings:
@@ -33,6 +33,8 @@ class Settings:
     """
 
     def __init__(self) -> None:
+        self._values: list[tuple[Any, ...]] = []
+        self._in_tensors = False
         self._given: list[list[Any]] = []
         self._numbers: list[list[float]] = []
         self._other_batch = 0
@@ -49,10 +51,16 @@ class Settings:
                 for a device at every step.
             batch: Examples behind the step's gradient, 0 when unknown.
         """
-        given = [[_rate(group), *map(group.get, _NAMES)] for group in optimizer.param_groups]
+        batch_jumped = self._batch_jumped(batch)
+        values = [tuple(map(group.get, _NAMES)) for group in optimizer.param_groups]
+        if not self._in_tensors and values == self._values:
+            self.changed = False
+            return batch_jumped
+        self._values = values
+        self._in_tensors = any(isinstance(value, torch.Tensor) for value in chain(*values))  # written to
+        given = [[_rate(rate), *others] for rate, *others in values]
         moved = given != self._given
         self.changed = moved or any(settings[0] is None for settings in given)
-        batch_jumped = self._batch_jumped(batch)
         if not moved:
             return batch_jumped
         before, self._given, self._numbers = self._numbers, given, [_numbers(*settings) for settings in given]
@@ -80,7 +88,8 @@ class Settings:
         Args:
             saved: What it returned.
         """
-        self._given, self._numbers, self.drifts = [], saved["numbers"], saved["drifts"]
+        self._values, self._given = [], []
+        self._numbers, self.drifts = saved["numbers"], saved["drifts"]
         self.batch, self._other_batch, self._times = saved["batch"], saved["other_batch"], saved["times"]
 
     def _batch_jumped(self, batch: int) -> bool:
@@ -95,9 +104,8 @@ class Settings:
         return not first
 
 
-def _rate(group: Mapping[str, Any]) -> float | None:
+def _rate(rate: Any) -> float | None:
     """A group's learning rate; ``None`` where reading it would wait for a device."""
-    rate = group["lr"]
     return None if isinstance(rate, torch.Tensor) and rate.device.type != "cpu" else float(rate)
 
 

@@ -38,6 +38,7 @@ class Resumable(ABC):
     _dataset_size: int | None
     _replacement: bool | None
     _probe_is_given: bool
+    _forgets_probe: bool
     _updates: int
     _micro_batches_before: int
 
@@ -95,8 +96,9 @@ class Resumable(ABC):
         return {**rest, "controllers": {key: memories[key] for key in controllers}}
 
     def _saved_probe(self) -> dict[str, Any] | None:
-        """The probe, where something rests on it."""
-        if self.probe is None or not any(map(_on_probe, self.instruments.observables)):
+        """The probe, where something rests on it and it may be kept."""
+        rests = any(map(_on_probe, self.instruments.observables))
+        if self.probe is None or self._forgets_probe or not rests:
             return None
         try:
             return probe_state(self.probe)

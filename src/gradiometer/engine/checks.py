@@ -68,13 +68,18 @@ def check_batches(
         batch_dim: As for :class:`~gradiometer.engine.monitor.Monitor`.
         batch_size: As for :class:`~gradiometer.engine.monitor.Monitor`.
         output: As for :class:`~gradiometer.engine.monitor.Monitor`.
-        probe: As for :class:`~gradiometer.engine.monitor.Monitor`; tried when there is a model.
+        probe: As for :class:`~gradiometer.engine.monitor.Monitor`; a batch is tried when there is a model.
 
     Raises:
         InputError: With what to write instead.
     """
-    del probe
     check_forward(forward)
+    if isinstance(probe, str) and probe != "forget":
+        raise InputError(
+            "the probe is a batch, or the word that it is not kept in checkpoints",
+            got=shown(probe),
+            fix='Write probe=(x, y) or probe="forget".',
+        )
     if replacement is not None and not isinstance(replacement, bool):
         raise InputError(
             "replacement says whether batches are drawn with replacement",

@@ -116,6 +116,21 @@ class Instrument:
             done=not (plan.recording or plan.sampling),  # nothing is evaluated at this step
         )
 
+    def idle(self, step: int) -> bool:
+        """Whether nothing will come of a step, as far as is known now.
+
+        Args:
+            step: A later optimizer step.
+        """
+        if self.retired or self.owed:
+            return self.retired
+        observable = self.observable
+
+        def counts(at: int) -> bool:
+            return observable.samples(at, self.stretch) or observable.due(at)
+
+        return not counts(step) and not (self._ahead and counts(step + 1))
+
     def _plan(self, step: int, *, fresh: bool) -> _Plan:
         """What is due at a step, were it the next."""
         observable, stretch = self.observable, self.stretch

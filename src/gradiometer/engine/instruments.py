@@ -19,6 +19,8 @@ from .ranks import Ranks
 from .saved import Misfits
 from .step import StepUnderWay, Taking
 
+_AHEAD = 16
+"""Steps that are looked through for the next one on which something is due: most are idle."""
 _OF_ALL = frozenset({"gradient_parts", "example_parts", "norm_layer_parts"})
 """Fields that compare this process's gradient with the average over all of them."""
 
@@ -39,6 +41,8 @@ class Instruments:
     ) -> None:
         self._instruments = {observable.group: Instrument(observable, prefix) for observable in observables}
         self._prefix = prefix
+        self._idle = range(0)
+        """Steps on which nothing is due."""
         self._guard, self._ranks, self._feeds = guard, ranks, feeds
         ranks.parted = self._leave_out
 
@@ -67,7 +71,9 @@ class Instruments:
         Args:
             step: The optimizer step.
         """
-        takings = []
+        takings: list[Taking] = []
+        if step in self._idle:
+            return takings
         for instrument in self._instruments.values():
             try:
                 taking = instrument.begin(step)
@@ -80,7 +86,18 @@ class Instruments:
                 continue
             if taking is not None:
                 takings.append(taking)
+        self._idle = range(step, step if takings else self._next(step))
         return takings
+
+    def _next(self, step: int) -> int:
+        """The first step after this one on which something may be due, or where the look ahead ends."""
+        for later in range(step + 1, step + 1 + _AHEAD):
+            try:
+                if not all(instrument.idle(later) for instrument in self._instruments.values()):
+                    return later
+            except Exception:  # of a schedule; it is said when that step begins
+                return later
+        return step + 1 + _AHEAD
 
     def affected(self, takings: Sequence[Taking], reason: str) -> bool:
         """Whether one of those due begins its window anew for this reason.
@@ -303,6 +320,7 @@ class Instruments:
         Returns:
             Groups that are not measured here.
         """
+        self._idle = range(0)
         for name, instrument in self._instruments.items():
             observable = instrument.observable
             self._instruments[name] = Instrument(observable, self._prefix)

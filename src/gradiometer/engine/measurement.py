@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from .. import parallel
 from ..collect.base import Memory, Training
@@ -40,7 +40,7 @@ class Measurement(Resumable):
         recorders: Where readings go.
         guard: Contains errors, and counts time.
         hints: What is said of the network's calls.
-        probe: The fixed batch, where one was given.
+        probe: The fixed batch, where one was given, or ``"forget"``.
         probe_size: Examples in a probe that is taken from the first batch.
         dataset_size: Examples in the training set, where it is known.
         replacement: Whether batches are drawn with replacement, where it is known.
@@ -59,7 +59,7 @@ class Measurement(Resumable):
         guard: Guard,
         *,
         hints: Hints,
-        probe: Probe | None,
+        probe: Probe | Literal["forget"] | None,
         probe_size: int,
         dataset_size: int | None,
         replacement: bool | None,
@@ -70,7 +70,9 @@ class Measurement(Resumable):
     ) -> None:
         model, optimizer = training.model, training.optimizer
         self.training, self.guard = training, guard
-        self.probe, self._probe_is_given, self._probe_is_taken = probe, probe is not None, False
+        self._forgets_probe = probe == "forget"
+        self.probe = probe if isinstance(probe, Probe) else None
+        self._probe_is_given, self._probe_is_taken = self.probe is not None, False
         self.cost = CostLedger()
         self.output = Output(prefix, recorders, guard, observables)
         self.compiler = CompilerWatch()

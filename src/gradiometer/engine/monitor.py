@@ -20,6 +20,7 @@ from ..autodiff.functional import Forward, matrix_forward
 from ..autodiff.untouched import original
 from ..collect.base import LossFunction, Training
 from ..collect.batch import split_batch
+from ..collect.snapshot import Probe
 from ..control import Controller, check_controllers, with_needed
 from ..errors import InputError
 from ..observables import Observable, default_observables
@@ -54,7 +55,9 @@ class Monitor:
             the graph of the loss, else a mean, when ``None``.
         network: Path of the network within the model; found by its calls when ``None``.
         probe: Fixed batch for kernels and Jacobians, ``x`` or ``(x, y)``; by default the first
-            ``probe_size`` examples of the first batch. It is kept in the checkpoint.
+            ``probe_size`` examples of the first batch. It is kept in the checkpoint; ``"forget"`` takes
+            it from the first batch too, and keeps training examples out of checkpoints: after resuming,
+            what is measured on it begins anew.
         probe_size: Examples in the default probe.
         batch_dim: Dimension of the inputs that counts the examples; found by trying when ``None``.
         batch_size: Examples in a batch, which decides where two dimensions might count them.
@@ -124,7 +127,7 @@ class Monitor:
         wanted = default_observables() if observables is None else observables
         check_settings(wanted, loss_reduction, probe_size, prefix, on_error, budget, loss_fn, layers)
         check_run(model, optimizer, recorders)
-        check_batches(forward, dataset_size, replacement, batch_dim, batch_size, output)
+        check_batches(forward, dataset_size, replacement, batch_dim, batch_size, output, probe)
         for controller in controllers:
             controller.check_run(dataset_size)
         self.model, self.optimizer = model, optimizer
@@ -133,14 +136,15 @@ class Monitor:
         """The step under which this batch's loss is logged, where that is not the number of steps made."""
         self.dataset_size = dataset_size
         self.guard = Guard(on_error)
+        fixed = None if probe is None else given_probe(model, forward or matrix_forward, probe)
         self._measurement = Measurement(
             Training(model, unwrapped(optimizer), loss_reduction, loss_fn),
             with_needed(observables, wanted, controllers),
             controllers,
             recorders,
             self.guard,
-            hints=Hints(forward, network, batch_dim, output, batch_size, probe is not None),
-            probe=None if probe is None else given_probe(model, forward or matrix_forward, probe),
+            hints=Hints(forward, network, batch_dim, output, batch_size, isinstance(fixed, Probe)),
+            probe=fixed,
             probe_size=probe_size,
             dataset_size=dataset_size,
             replacement=replacement,
@@ -384,7 +388,8 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Everything that readings depend on, as tensors and numbers.
 
-        The probe is part of it: a checkpoint then holds training examples.
+        The probe is part of it, where kernels or Jacobians are measured: a checkpoint then holds training
+        examples. ``probe="forget"`` keeps them out.
         """
         return {"version": STATE_VERSION, "step": self.step, **self._measurement.state_dict()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,17 +23,19 @@ from ..errors import InputError
 from .saved import opened, plain, sealed
 
 
-def given_probe(model: nn.Module, forward: Forward, probe: Any) -> Probe:
-    """A probe that the user gave, tried on the model.
+def given_probe(model: nn.Module, forward: Forward, probe: Any) -> Probe | Literal["forget"]:
+    """A probe that the user gave, tried on the model; or the word that the one to be taken is not kept.
 
     Args:
         model: The model being trained.
         forward: Maps model and inputs to outputs.
-        probe: ``x``, ``(x, y)`` or a :class:`Probe`.
+        probe: ``x``, ``(x, y)``, a :class:`Probe` or ``"forget"``.
 
     Raises:
         InputError: If the model cannot be called with it.
     """
+    if isinstance(probe, str):
+        return "forget"
     if not isinstance(probe, Probe):
         pair = isinstance(probe, (tuple, list)) and len(probe) > 0
         probe = Probe(probe[0], probe[1] if len(probe) > 1 else None) if pair else Probe(probe)
