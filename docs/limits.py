@@ -66,9 +66,11 @@ def refusals(source: str, where: str) -> Iterator[Refusal]:
 
 
 def _may_refuse(function: ast.FunctionDef) -> bool:
-    """Whether a function returns a reason or something else."""
+    """Whether a function returns a reason, or where there is none another type or no words."""
     parts = ast.unparse(function.returns).split(" | ") if function.returns is not None else []
-    return "str" in parts and len(parts) > 1
+    returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
+    empty = any(isinstance(value, ast.Constant) and value.value == "" for value in returned)
+    return "str" in parts and (len(parts) > 1 or empty)
 
 
 def _words(node: ast.expr, constants: dict[str, ast.expr]) -> str:
@@ -112,7 +114,9 @@ def table(name: str, found: list[Refusal]) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = (row.says, *([row.fix or "–"] if with_fix else []), f"`{row.where}`")
-        lines.append(f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in cells)} |")
+        lines.append(
+            f"| {' | '.join(' '.join(cell.replace('|', '/').lstrip('; ').split()) for cell in cells)} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -53,6 +53,9 @@ def check(x):
     raise UnsupportedError(f"no {x} today", got=x, fix=PLAN_B)
 def refusal(model) -> str | None:
     return "it is | Tuesday"
+def weather() -> str:
+    return ""
+    return "it rains today"
 def name(model) -> str:
     return "not a reason"
 """
@@ -60,6 +63,7 @@ def name(model) -> str:
     assert found == [
         limits.Refusal("UnsupportedError", "no … today", "Use pencil.", "a.py"),
         limits.Refusal("return", "it is | Tuesday", "", "a.py"),
+        limits.Refusal("return", "it rains today", "", "a.py"),
     ]
     assert "| no … today | Use pencil. | `a.py` |\n" in limits.table("never on this run", found)
     assert "| it is / Tuesday | `a.py` |\n" in limits.table("reasons", found)

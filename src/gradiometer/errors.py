@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 _SHOWN = 200
@@ -153,17 +154,23 @@ def check_callable(name: str, value: object, form: str, example: str, *, optiona
         return
     wrong = " (the parentheses are missing)" if isinstance(value, type) else ""
     if callable(value) and not wrong:
-        try:
-            inspect.signature(value).bind(None, None)
-        except ValueError:
-            pass  # it does not say what it takes
-        except TypeError as error:
-            wrong = f" ({error})"
+        with suppress(TypeError, ValueError):  # some say nothing of what they take
+            signature = inspect.signature(value)
+            wrong = _does_not_take_two(signature)
         if not wrong:
             return
     raise InputError(
         f"{name} must be a callable {form}", got=shown(value) + wrong, fix=f"Write {name}={example}."
     )
+
+
+def _does_not_take_two(signature: inspect.Signature) -> str:
+    """Why a callable cannot be given two arguments; empty where it can."""
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        return f" ({error})"
+    return ""
 
 
 def shown(value: object) -> str:
