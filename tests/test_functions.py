@@ -383,6 +383,12 @@ REFUSED = {
         "must be finite",
     ),
     "a rate of 0": (lambda: fluctuation_dissipation(ONE, (ONE, ONE), 3, 0.0), "lr must be a number above 0"),
+    "a negative square": (
+        lambda: fluctuation_dissipation(ONE, (ONE, -ONE), 3, 0.1),
+        "weight_sq must be a number at least 0, got -1",
+    ),
+    "a module for an optimizer": (lambda: optimizers.step_was_made(NET), "optimizer must be a Optimizer"),
+    "half a data set": (lambda: sgd_noise_scale(0.1, 99.5, 10), "dataset_size must be a whole number"),
     "one end": (
         lambda: fluctuation_dissipation(ONE, ONE, 3, 0.1),
         r"weight_sq .*\(at_the_start, at_the_end\)",

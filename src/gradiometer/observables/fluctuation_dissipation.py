@@ -105,12 +105,13 @@ def fluctuation_dissipation(
         Relation(left=tensor(1.), right=tensor(1.))
     """
     check_finite(displacement_sq=displacement_sq)
+    check_entries("displacement_sq", displacement_sq, least=0)
     check_sgd(lr, momentum, dampening, nesterov)
     check_entries("displacement_dot_velocity", displacement_dot_velocity)
     for name, ends in (("weight_sq", weight_sq), ("weight_dot_velocity", weight_dot_velocity)):
         check_pair(name, ends)
         for end in ends:
-            check_entries(name, end)
+            check_entries(name, end, least=0 if name == "weight_sq" else -math.inf)
         check_together(displacement_sq=displacement_sq, lr=lr, steps=steps, start=ends[0], end=ends[1])
     check_entries("steps", steps, integer=True)
     if bool(torch.as_tensor(steps).lt(1).any()):

@@ -135,7 +135,7 @@ def second_fluctuation_dissipation(
     }
     check_finite(grad_sq_norm=grad_sq_norm, displacement_curvature=displacement_curvature)
     for name, value in averages.items():
-        check_entries(name, value)
+        check_entries(name, value, least=0 if name in ("weight_sq", "displacement_sq") else -math.inf)
     check_sgd(lr, momentum, dampening, nesterov)
     check_entries("weight_decay", weight_decay, least=0, example="0.0")
     check_together(**averages, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)

@@ -262,7 +262,7 @@ def sgd_noise_scale(
     check_entries("momentum", momentum, scalar=True, example="0.9")
     check_flag("replacement", replacement)
     for name, size in (("batch_size", batch_size), ("dataset_size", dataset_size)):
-        check_entries(name, size, scalar=True, example="32")
+        check_entries(name, size, scalar=True, integer=name == "dataset_size", example="32")
     if dataset_size < 1 or batch_size < 1 or batch_size > dataset_size:
         raise InputError(
             "the batch must hold between 1 and dataset_size examples",
