@@ -42,8 +42,9 @@ format: .venv/all ## rewrite the code in the house style
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-docs-tables: .venv/all ## write the tables of docs/observables.md from the words in the code
+docs-tables: .venv/all ## write the tables of docs/observables.md and docs/limits.md from the code
 	$(BIN)/python docs/tables.py
+	$(BIN)/python docs/limits.py
 
 benchmark: .venv/all ## run every script in benchmarks/
 	set -e; for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script; done

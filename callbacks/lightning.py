@@ -15,11 +15,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from gradiometer.adapters.session import ARGUMENTS, IN_PROGRESS_BAR, Session
 from gradiometer.control import Controller
 from gradiometer.engine.monitor import Monitor
+from gradiometer.errors import check_flag, check_list
 from gradiometer.observables import Observable
 from gradiometer.record.loggers import LoggersRecorder
 
 from .lightning_trainer import check_accumulation, follow_controllers, pass_on, position
 from .lightning_words import LIGHTNING
+
+
+def _is_key(key: object) -> bool:
+    return isinstance(key, str)
 
 
 class DynamicsMonitor(Callback):
@@ -101,6 +106,9 @@ class DynamicsMonitor(Callback):
         print_table: bool = True,
     ) -> None:
         arguments = dict(locals())
+        check_list("progress_bar", progress_bar, "keys", _is_key, f'"{IN_PROGRESS_BAR[0]}"')
+        check_flag("layout", layout)
+        check_flag("print_table", print_table)
         arguments["output"] = output_key if output is None else output
         self.session = Session(vocabulary=LIGHTNING, **{name: arguments[name] for name in ARGUMENTS})
         self._prefix, self._layout, self._print_table = prefix, layout, print_table

@@ -10,7 +10,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import SequentialSampler
 
 import gradiometer
 from gradiometer import (
@@ -19,13 +18,11 @@ from gradiometer import (
     GradientNoiseScale,
     HalfRun,
     JacobianNorm,
-    JacobianRegularizer,
     Monitor,
     NeuralTangentKernel,
     Quantity,
     Reading,
     SecondFluctuationDissipation,
-    StopWhenSettled,
     Window,
     at,
     every,
@@ -35,16 +32,17 @@ from gradiometer.errors import GradiometerError, InputError
 from gradiometer.observables import NoiseCurvature
 from gradiometer.observables.schedules import either
 
+from .wrong_values import NET, POOL, SAMPLER, SGD, arguments_of
+
 CLASSES = {
     name: kind
     for name in gradiometer.__all__
     if inspect.isclass(kind := getattr(gradiometer, name)) and not inspect.isabstract(kind)
 }
-NET = nn.Linear(3, 2)
 NEEDED = {  # arguments without a default, as they are rightly given
     "model": NET,
-    "optimizer": torch.optim.SGD(NET.parameters(), lr=0.1),
-    "sampler": SequentialSampler(range(9)),
+    "optimizer": SGD,
+    "sampler": SAMPLER,
     "batch_size": 4,
     "steps": 3,
     "strength": 0.1,
@@ -54,34 +52,6 @@ NEEDED = {  # arguments without a default, as they are rightly given
     "value": 0.5,
     "step": 3,
 }
-NAMES = (
-    "tolerance",
-    "sasa",
-    "auto",
-    "split batch",
-    "trace",
-    "full",
-    "sum",
-    "warn",
-    "yaida",
-    "keep",
-    "linear",
-)
-POOL = [
-    *(None, True, False, 0, 1, 3, -1, 10**30, 0.0, 0.5, 1.0, -2.5, math.nan, math.inf, 1j),
-    *("", "a", "a/b", "\x1b[2J", "\ud800", b"bytes", *NAMES),
-    *([], [1], [None], (), {}, {"a": 1}, {1, 2}, range(3), iter(()), object(), object, int, lambda *_: 0),
-    *(torch.zeros(3), torch.zeros(()), torch.ones(2, 3), torch.tensor(True), np.ones(2), np.float32(0.5)),
-    *(Window, Window(9), HalfRun(), Ema, every, every(3), log_spaced(), at([1]), torch.float32),
-    *(GradientNoiseScale, GradientNoiseScale(), [FluctuationDissipation()], [StopWhenSettled()]),
-    *([GradientNoiseScale], [StopWhenSettled], NET, nn.LazyLinear(2), NEEDED["optimizer"], NEEDED["sampler"]),
-    *(JacobianRegularizer(0.1), Quantity("1", "It."), Reading("a/b/c", 1.0)),
-]
-
-
-def arguments_of(kind):
-    parameters = inspect.signature(kind).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
 
 def make(kind, chosen, folder):

@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from gradiometer import Monitor, Quantity, empirical_ntk
+from gradiometer import JacobianRegularizer, Monitor, Quantity, empirical_ntk
 from gradiometer.autodiff import rules
 from gradiometer.collect.base import Step, Training
 from gradiometer.collect.sections import Sections
 from gradiometer.control import panel
 from gradiometer.engine import cost
+from gradiometer.errors import GradiometerError
 from gradiometer.observables import OBSERVABLES
 from gradiometer.optimizers import base as families
 from gradiometer.optimizers import rebuilds, squared_displacements
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture
@@ -29,6 +31,87 @@ def tables():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def limits():
+    spec = importlib.util.spec_from_file_location("limits", ROOT / "docs" / "limits.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_refusal_of_the_code_stands_on_the_page(limits):
+    page = limits.PAGE.read_text(encoding="utf-8")
+    assert limits.written(page) == page, "docs/limits.md is out of date. Run: make docs-tables"
+
+
+def test_a_new_refusal_has_a_row(limits):
+    source = """
+PLAN_B = "Use pencil."
+def check(x):
+    raise UnsupportedError(f"no {x} today", got=x, fix=PLAN_B)
+def refusal(model) -> str | None:
+    return "it is | Tuesday"
+def weather() -> str:
+    return ""
+    return "it rains today"
+def name(model) -> str:
+    return "not a reason"
+"""
+    found = list(limits.refusals(source, "a.py"))
+    assert found == [
+        limits.Refusal("UnsupportedError", "no … today", "Use pencil.", "a.py"),
+        limits.Refusal("return", "it is | Tuesday", "", "a.py"),
+        limits.Refusal("return", "it rains today", "", "a.py"),
+    ]
+    assert "| no … today | Use pencil. | `a.py` |\n" in limits.table("never on this run", found)
+    assert "| it is / Tuesday | `a.py` |\n" in limits.table("reasons", found)
+
+
+def test_a_table_that_is_missing_is_named(limits):
+    page = limits.PAGE.read_text(encoding="utf-8").replace("<!-- table: warnings -->", "")
+    with pytest.raises(SystemExit, match=r"limits.md has tables of .*'warnings'"):
+        limits.written(page)
+
+
+def test_every_kind_of_refusal_is_collected(limits):
+    kinds = {error.__name__ for error in everything_below(GradiometerError)}
+    assert kinds == set().union(*limits.TABLES.values()) - {"warn", "_say", "return"}
+    for name, collected in limits.TABLES.items():
+        assert {refusal.kind for refusal in limits.everything()} >= collected, name
+
+
+def everything_below(kind):
+    """All subclasses of this package."""
+    below = {error for error in kind.__subclasses__() if error.__module__ == "gradiometer.errors"}
+    return below.union(*map(everything_below, below))
+
+
+USUAL = [
+    *("torch.compile", "torch.jit", "Join", "manual optimization", "wrapped optimizers", "SAM"),
+    *("optimizer in the backward pass", "complex weights", "GradScaler", "gradient clipping", "FSDP", "DDP"),
+    *("class weights", "ignore_index", "sequence-first", "batch norm", "several inputs", "graph batches"),
+]
+
+
+@pytest.mark.parametrize("words", USUAL)
+def test_what_comes_up_in_practice_has_a_row(words):
+    text = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8").partition("## Every refusal")[0]
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    first = [row.split("|")[1].replace("`", "") for row in rows]
+    assert any(words in cell for cell in first)
+    assert all(row.count("|") == 5 for row in rows)
+
+
+def test_the_limits_of_the_readme_are_rows_of_the_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    limits = text.partition("## Limits\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1].strip() for line in limits.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 12
+    assert "(docs/limits.md)" in limits
+    page = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    assert [row for row in rows if f"\n| {row} |" not in page] == []
 
 
 def test_the_tables_are_what_make_docs_tables_would_write(tables):
@@ -141,6 +224,73 @@ def test_the_example_of_an_optimizer_runs(nothing_stays_registered):
     assert rebuilds(optimizer)
     optimizer.step()
     assert squared_displacements(optimizer, optimizer.param_groups[0]).item() == pytest.approx(0.5)
+
+
+# -- the code of the pages runs ---------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """What ``self`` is in a training step."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.regularizer = nn.Linear(4, 2), JacobianRegularizer(0.01)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def blocks(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return [part.partition("\n```")[0] for part in text.split("```python\n")[1:]]
+
+
+def surroundings():
+    """What the code of a page takes for granted."""
+    import lightning as L
+    from torch.nn.utils import clip_grad_norm_
+    from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+    import gradiometer
+    from gradiometer.callbacks import DynamicsMonitor
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
+    modules = {"L": L, "torch": torch, "nn": nn, "F": nn.functional}
+    return {
+        **{name: getattr(gradiometer, name) for name in gradiometer.__all__},
+        **modules,
+        "clip_grad_norm_": clip_grad_norm_,
+        "DataLoader": DataLoader,
+        "RandomSampler": RandomSampler,
+        "DynamicsMonitor": DynamicsMonitor,
+        "dataset": TensorDataset(torch.randn(64, 4), torch.randint(2, (64,))),
+        "model": model,
+        "optimizer": optimizer,
+        "loader": [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(3)],
+        "self": Classifier(),
+        "x": torch.randn(8, 4),
+        "y": torch.randint(2, (8,)),
+        "loss_fn": nn.functional.cross_entropy,
+        "monitor": Monitor(model, optimizer),
+    }
+
+
+CODE = [(name, i) for name in PAGES for i in range(len(blocks(name)))]
+
+
+@pytest.mark.filterwarnings("ignore::gradiometer.errors.MeasurementWarning")
+@pytest.mark.parametrize(("name", "number"), CODE, ids=[f"{name}-{i}" for name, i in CODE])
+def test_the_code_of_a_page_runs(name, number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = surroundings()
+    exec(blocks(name)[number], names)
+    names["monitor"].close()
+
+
+def test_the_pages_have_code():
+    assert {name for name, _ in CODE} == {"README.md", "docs/control.md", "docs/design.md"}
 
 
 # -- renaming a reading touches the file that makes it, its row and its tests ------------------------

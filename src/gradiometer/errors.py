@@ -6,8 +6,10 @@ into one warning, reads ``nan`` and lets training go on.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 _SHOWN = 200
@@ -130,13 +132,54 @@ def check_kind(name: str, value: object, kind: type | tuple[type, ...], example:
         raise InputError(f"{name} must be {names}", got=shown(value) + forgotten, fix=fix)
 
 
+def check_callable(name: str, value: object, form: str, example: str, *, optional: bool = False) -> None:
+    """Refuse what is no function of two arguments; a class makes an object instead of an answer.
+
+    Args:
+        name: The argument.
+        value: What was given for it.
+        form: What it takes and returns.
+        example: What to write instead.
+        optional: Whether it may be ``None``.
+
+    Raises:
+        InputError: With the form and the example.
+
+    Example:
+        >>> check_callable("loss_fn", int, "(outputs, targets) -> loss", "F.cross_entropy")
+        Traceback (most recent call last):
+        gradiometer.errors.InputError: loss_fn must be a callable (outputs, targets) -> loss, got <class 'int'> (the parentheses are missing). Write loss_fn=F.cross_entropy.
+    """  # noqa: E501
+    if optional and value is None:
+        return
+    wrong = " (the parentheses are missing)" if isinstance(value, type) else ""
+    if callable(value) and not wrong:
+        with suppress(TypeError, ValueError):  # some say nothing of what they take
+            signature = inspect.signature(value)
+            wrong = _does_not_take_two(signature)
+        if not wrong:
+            return
+    raise InputError(
+        f"{name} must be a callable {form}", got=shown(value) + wrong, fix=f"Write {name}={example}."
+    )
+
+
+def _does_not_take_two(signature: inspect.Signature) -> str:
+    """Why a callable cannot be given two arguments; empty where it can."""
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        return f" ({error})"
+    return ""
+
+
 def shown(value: object) -> str:
-    """A wrong value for a message, cut short.
+    """A wrong value for a message, on one line and cut short.
 
     Args:
         value: Anything.
     """
-    text = repr(value)
+    text = " ".join(line.strip() for line in repr(value).splitlines())
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
@@ -174,7 +217,7 @@ def check_list(name: str, values: object, of: str, fits: Callable[[Any], bool], 
         gradiometer.errors.InputError: sizes must be numbers, got 'all'. Write sizes=[8, 16].
     """
     fix = f"Write {name}=[{example}]."
-    if not isinstance(values, Sequence):
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         raise InputError(f"{name} must be a list of {of}", got=shown(values), fix=fix)
     for value in values:
         if not fits(value):

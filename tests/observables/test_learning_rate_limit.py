@@ -520,9 +520,9 @@ def test_a_loss_without_positive_curvature_has_no_limit():
     [
         ({"fraction": 0.0}, r"fraction must lie above 0 and not above 1, got 0.0\. Write fraction=0.5"),
         ({"fraction": 1.5}, "fraction must lie above 0"),
-        ({"weight_decay": -1.0}, "weight_decay must be finite and not negative, got -1.0"),
-        ({"weight_decay": math.nan}, "weight_decay must be finite"),
-        ({"max_products": 0}, "max_products must be at least 1, got 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be a number at least 0, got -1.0"),
+        ({"weight_decay": math.nan}, "weight_decay must be a number at least 0, got nan"),
+        ({"max_products": 0}, "max_products must be a whole number at least 1, got 0"),
         ({"momentum": 1.0}, r"at least 0 and below 1, got momentum=1.0, dampening=0.0"),
         ({"momentum": 0.9, "dampening": -0.1}, "at least 0 and below 1"),
         ({"nesterov": True}, "Nesterov's momentum needs momentum and no dampening"),

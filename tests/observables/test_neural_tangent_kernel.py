@@ -581,7 +581,7 @@ def test_impossible_numbers_of_projections_are_refused(number):
 
 
 def test_chunk_size_must_be_positive():
-    with pytest.raises(InputError, match="chunk_size must be at least 1, got 0"):
+    with pytest.raises(InputError, match="chunk_size must be a whole number at least 1, got 0"):
         empirical_ntk(nn.Linear(2, 2), torch.ones(2, 2), chunk_size=0)
 
 

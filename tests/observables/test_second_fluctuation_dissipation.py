@@ -148,7 +148,7 @@ def test_groups_add_up_although_the_hessian_couples_them():
 
 def test_the_relation_refuses_what_it_cannot_mean():
     one = torch.tensor(1.0)
-    with pytest.raises(InputError, match="learning rate must be positive, got 0"):
+    with pytest.raises(InputError, match="lr must be a number above 0, got 0"):
         second_fluctuation_dissipation(one, one, 0.0)
     with pytest.raises(InputError, match="no dampening"):
         second_fluctuation_dissipation(one, one, 0.1, momentum=0.9, dampening=0.1, nesterov=True)
@@ -320,7 +320,7 @@ def test_a_quartic_well_bends_more_than_any_quadratic_bowl_can(quartic):
     ("arguments", "message"),
     [
         (([0.1, 0.2], [1.0]), "sequences of one length"),
-        (([[0.1, 0.2]], [[1.0, 1.0]]), "sequences of one length"),
+        (([[0.1, 0.2]], [[1.0, 1.0]]), "lrs must be a sequence of finite numbers"),
         (([0.1, 0.1], [1.0, 1.0]), "two or more different learning rates"),
         (([0.0, 0.1], [1.0, 1.0]), "must be positive"),
         (([0.1, 0.2], [1.0, 1.0], [0.1, 0.0]), "must be positive"),
@@ -497,7 +497,7 @@ def test_the_best_step_and_its_gain_by_monte_carlo(batch):
 def test_there_is_no_best_step_down_a_saddle():
     one = torch.tensor(1.0)
     assert best_step(one, -one, one / 2, 1.0).lr.isnan()
-    with pytest.raises(InputError, match="batch_size must be positive"):
+    with pytest.raises(InputError, match="batch_size must be a number above 0"):
         best_step(one, one, one, 0)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..control import check_controllers
 from ..engine.checks import check_batches, check_settings
 from ..engine.monitor import Monitor
-from ..errors import GradiometerError, MeasurementWarning
+from ..errors import GradiometerError, MeasurementWarning, check_kind
 from ..observables import FluctuationDissipation, GradientNoiseScale
 from ..observables.fluctuation_dissipation import RATIO
 from ..observables.gradient_noise_scale import SCALE
@@ -70,6 +70,8 @@ class Session:
         vocabulary: Mapping[str, str] | None = None,
         **arguments: Any,
     ) -> None:
+        for name, text in (("model", model), ("input_key", input_key), ("target_key", target_key)):
+            check_kind(name, text, (str, type(None)), '"backbone"' if name == "model" else '"x"')
         self.controllers = arguments.get("controllers", ())
         check_controllers(self.controllers)
         settings = {name: value for name, value in arguments.items() if value is not None}

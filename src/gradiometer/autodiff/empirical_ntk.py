@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError, UnsupportedError, check_choice
+from ..errors import InputError, UnsupportedError, check_choice, check_kind, check_number, shown
 from ..stats.linalg import random_orthonormal_rows
 from .factors import Mode
 from .functional import (
@@ -21,7 +21,9 @@ from .functional import (
     Forward,
     call,
     check_inputs,
+    check_model,
     check_outputs,
+    check_result,
     examples,
     outside_inference,
     warn_of_train_mode,
@@ -50,6 +52,10 @@ EXACT_OUTPUTS = 16
 
 
 _PROJECTIONS = 8
+
+
+_MOST_FEATURES = 10**6
+"""Random features at most; so many hold more numbers than the gradients that they stand for."""
 
 
 class KernelOptions(TypedDict, total=False):
@@ -158,8 +164,11 @@ def empirical_ntk(
             "empirical_ntk(layers=True) is deprecated: write layer_ntks", DeprecationWarning, stacklevel=2
         )
         return layer_ntks(model, x, x2, **options)
+    check_model(model, forward=forward, generator=generator)
     warn_of_train_mode(model, "the kernel")
-    return probed_kernel(model, x, x2, **options)[0][""]
+    kernel = probed_kernel(model, x, x2, **options)[0][""]
+    check_result("the kernel", kernel)
+    return kernel
 
 
 def layer_ntks(
@@ -197,8 +206,11 @@ def layer_ntks(
         >>> sorted(layers), torch.allclose(sum(layers.values()), empirical_ntk(net, x))
         (['0', '1'], True)
     """
+    check_model(model, forward=options.get("forward"), generator=options.get("generator"))
     warn_of_train_mode(model, "the kernel")
-    return probed_kernel(model, x, x2, layers=True, **options)[0]
+    kernels = probed_kernel(model, x, x2, layers=True, **options)[0]
+    check_result("the kernel", torch.stack([*kernels.values()]))
+    return kernels
 
 
 def probed_kernel(
@@ -294,14 +306,13 @@ def _check_request(
             got=f"outputs={outputs!r}",
             fix='Write outputs="trace", or num_projections=None.',
         )
-    if on_unsupported not in ("raise", "skip"):
-        raise InputError("unknown on_unsupported", got=repr(on_unsupported), fix='Write "raise" or "skip".')
-    sizes = {"sketch_size": sketch_size, "chunk_size": chunk_size, "max_memory": max_memory}
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise InputError(
-                f"{name} must be at least 1", got=size, fix=f"Write {name}=None for the default."
-            )
+    check_choice("on_unsupported", on_unsupported, ("raise", "skip"))
+    check_number("num_projections", num_projections, integer=True, optional=True, example="None")
+    for name, size in {"chunk_size": chunk_size, "max_memory": max_memory}.items():
+        check_number(name, size, least=1, integer=True, optional=True, example="None")
+    check_number(
+        "sketch_size", sketch_size, least=1, below=_MOST_FEATURES, integer=True, optional=True, example="None"
+    )
 
 
 def _check_alike(x: Any, x2: Any) -> None:
@@ -312,6 +323,13 @@ def _check_alike(x: Any, x2: Any) -> None:
         [list(leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in side]
         for side in (left, right)
     ]
+    layouts = [[leaf.layout for leaf in side if isinstance(leaf, Tensor)] for side in (left, right)]
+    if layouts[0] != layouts[1]:
+        raise InputError(
+            "x and x2 must both be dense, or both sparse",
+            got=f"{layouts[0]} and {layouts[1]}",
+            fix="Write x2.to_dense().",
+        )
     if first != second or shapes[0] != shapes[1]:
         raise InputError(
             "x and x2 must have the same shape behind the examples",
@@ -341,6 +359,7 @@ def checked_weights(
     weights: Mapping[str, float | Tensor] | None, parameters: Mapping[str, Tensor]
 ) -> dict[str, float | Tensor]:
     """Weights of parameters by name, refused where they do not fit."""
+    check_kind("weights", weights, (Mapping, type(None)), '{"0.weight": 0.1}')
     for name, weight in (weights or {}).items():
         if name not in parameters:
             raise InputError(
@@ -348,7 +367,15 @@ def checked_weights(
                 got=repr(name),
                 fix=f"Use names of model.named_parameters(), such as {next(iter(parameters))!r}.",
             )
+        if not isinstance(weight, (Tensor, int, float)) or isinstance(weight, bool):
+            fix = "Pass a learning rate."
+            raise InputError(
+                f"the weight of {name!r} must be a number or a tensor", got=shown(weight), fix=fix
+            )
         values = torch.as_tensor(weight)
+        if values.is_complex() or values.is_meta or values.dtype == torch.bool:
+            got = "a tensor on the device meta" if values.is_meta else values.dtype
+            raise InputError(f"the weight of {name!r} must be real", got=got, fix="Pass learning rates.")
         if values.ndim and values.shape != parameters[name].shape:
             raise InputError(
                 f"the weight of {name!r} must be a number or have its shape {list(parameters[name].shape)}",

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError
+from ..errors import InputError, check_callable, check_kind, shown
 
 Forward = Callable[[nn.Module, Any], Tensor]
 """Maps a model and a batch of inputs to outputs, examples in the first dimension."""
@@ -292,6 +294,128 @@ def detached_copy(x: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, x)
 
 
+def check_model(model: Any, *, forward: Any = None, generator: Any = None) -> None:
+    """Refuse what cannot be run as a model.
+
+    Args:
+        model: What was given for the module.
+        forward: What was given to run it, if anything.
+        generator: What was given to draw from, if anything.
+
+    Raises:
+        InputError: With what to write instead.
+
+    Example:
+        >>> check_model(nn.Linear)
+        Traceback (most recent call last):
+        gradiometer.errors.InputError: model must be a Module, got <class 'torch.nn.modules.linear.Linear'> (the parentheses are missing). Write model=nn.Linear(3, 2).
+    """  # noqa: E501
+    check_kind("model", model, nn.Module, "nn.Linear(3, 2)")
+    check_materialised(model)
+    home = next((p.device for p in model.parameters() if p.is_meta), None)
+    if home is not None:
+        raise InputError(
+            f"the parameters of {type(model).__name__} hold no numbers",
+            got=f"some on the device {home}",
+            fix='Write model.to_empty(device="cpu"), and load or initialise them.',
+        )
+    check_forward(forward)
+    check_kind("generator", generator, (torch.Generator, type(None)), "torch.Generator().manual_seed(0)")
+    if generator is not None and generator.device.type != "cpu":
+        raise InputError(
+            "generator must be one of the CPU, so that all devices draw the same",
+            got=generator.device,
+            fix="Write generator=torch.Generator().manual_seed(0).",
+        )
+
+
+def check_materialised(model: nn.Module) -> None:
+    """Refuse a module some of whose parameters have no shape yet.
+
+    Args:
+        model: The module.
+
+    Raises:
+        InputError: If a lazy module in it has not run.
+    """
+    if any(is_lazy(p) for p in model.parameters()):
+        raise InputError(
+            f"{type(model).__name__} has lazy modules, whose parameters have no shape yet",
+            fix="Call the model on a batch first, then make its optimizer and the Monitor.",
+        )
+
+
+def check_forward(forward: Any) -> None:
+    """Refuse what cannot run a model.
+
+    Args:
+        forward: What was given for it; ``model(x)`` when ``None``.
+
+    Raises:
+        InputError: If it is no function of model and inputs.
+    """
+    example = "lambda model, x: model(x)"
+    check_callable("forward", forward, "(model, x) -> outputs [N, O]", example, optional=True)
+    if isinstance(forward, nn.Module):
+        raise InputError(
+            "forward must be a callable (model, x) -> outputs [N, O]",
+            got=f"the module {type(forward).__name__}",
+            fix=f"Write forward={example}.",
+        )
+
+
+def check_leaves(name: str, x: Any, count: int, *, targets: bool = False) -> None:
+    """Refuse a nest that cannot be taken apart into examples.
+
+    Args:
+        name: The argument.
+        x: A tensor, or a nest of tensors.
+        count: Number of examples.
+        targets: Whether every tensor has to begin with the examples and to hold numbers; in inputs one
+            without a dimension serves all examples.
+
+    Raises:
+        InputError: If a tensor of it has no examples in its first dimension, or holds no numbers.
+    """
+    for leaf in pytree.tree_leaves(x):
+        if isinstance(leaf, np.ndarray):
+            raise InputError(
+                f"{name} must hold tensors", got=shown(leaf), fix=f"Write torch.from_numpy({name})."
+            )
+        if not isinstance(leaf, Tensor):
+            continue
+        if leaf.is_nested or (targets and leaf.is_meta):
+            raise InputError(
+                f"{name} must hold plain tensors with their numbers",
+                got="a nested tensor" if leaf.is_nested else "a tensor on the device meta",
+                fix="Pad sequences to one length, and load the data first.",
+            )
+        if len(leaf) != count if leaf.ndim else targets:
+            raise InputError(
+                "every tensor of a batch must begin with the examples",
+                got=f"first dimensions {count} and {len(leaf) if leaf.ndim else 'none'}",
+                fix="Expand what all examples share, or close over it: forward=lambda model, x: ...",
+            )
+
+
+def check_result(what: str, result: Tensor) -> None:
+    """Refuse to return what is not finite without a word.
+
+    Args:
+        what: The quantity, as the beginning of a sentence.
+        result: Its numbers.
+
+    Raises:
+        InputError: If one of them is not.
+    """
+    if not bool(result.isfinite().all()):
+        raise InputError(
+            f"{what} is not finite at these weights",
+            got="NaN or infinity",
+            fix="Look for NaN or infinity in the weights, the outputs and the loss.",
+        )
+
+
 def check_inputs(model: nn.Module, x: Any) -> None:
     """Refuse inputs that no kernel or Jacobian can be taken at.
 
@@ -307,18 +431,16 @@ def check_inputs(model: nn.Module, x: Any) -> None:
     for leaf in pytree.tree_leaves(x):
         if not isinstance(leaf, Tensor):
             continue
-        if leaf.ndim and len(leaf) != count:
-            raise InputError(
-                "every tensor of a batch must begin with the examples",
-                got=f"first dimensions {count} and {len(leaf)}",
-                fix="Expand what all examples share, or close over it: forward=lambda model, x: ...",
-            )
         if home is not None and leaf.device != home:
             raise InputError(
                 "inputs and model must be on one device",
                 got=f"inputs on {leaf.device}, model on {home}",
                 fix=f"Write x.to('{home}').",
             )
+    check_leaves("x", x, count)
+    for leaf in pytree.tree_leaves(x):
+        if not isinstance(leaf, Tensor):
+            continue
         # a sum is ten times cheaper to look at, but may overflow
         if leaf.is_floating_point() and not bool(leaf.sum().isfinite()) and not bool(leaf.isfinite().all()):
             raise InputError(

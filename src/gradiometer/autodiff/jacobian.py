@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError, UnsupportedError, check_number
 from ..stats.linalg import random_orthonormal_rows
-from .functional import Forward, check_inputs, pure_function, take, warn_of_train_mode
+from .functional import (
+    Forward,
+    check_inputs,
+    check_model,
+    check_result,
+    pure_function,
+    take,
+    warn_of_train_mode,
+)
 from .untouched import measuring
 
 __all__ = [
@@ -47,6 +55,12 @@ class Linearised:
                 "the model must return one output, of any shape, per example",
                 got=list(out.shape) if isinstance(out, Tensor) else type(out).__name__,
                 fix="Pass forward=lambda model, x: ... that returns a tensor [N, ...].",
+            )
+        if out.is_complex() or not out.numel():
+            raise InputError(
+                "the outputs must be real numbers, one or more per example",
+                got=f"{list(out.shape)} of {out.dtype}",
+                fix="Pass forward=lambda model, x: torch.view_as_real(model(x)).flatten(1).",
             )
         if not out.requires_grad:
             raise InputError(
@@ -92,6 +106,10 @@ def linearise(model: nn.Module, x: Any, forward: Forward | None) -> Linearised:
             got=x.dtype if isinstance(x, Tensor) else type(x).__name__,
             fix="For token inputs differentiate the embedding: "
             "jacobian_norms(model, embedded, forward=lambda model, e: ...).",
+        )
+    if x.layout != torch.strided:
+        raise UnsupportedError(
+            "sparse inputs have no Jacobian that can be taken", got=x.layout, fix="Write x.to_dense()."
         )
     check_inputs(model, x)
     function, parameters = pure_function(model, forward, frozen=True)
@@ -142,12 +160,17 @@ def jacobian_norms(
         >>> torch.allclose(jacobian_norms(net, torch.randn(4, 3)), net.weight.norm().expand(4))
         True
     """
+    check_model(model, forward=forward, generator=generator)
+    check_number("num_projections", num_projections, integer=True, optional=True, example="None")
     warn_of_train_mode(model, "the Jacobian")
     with measuring(model):
         line = linearise(model, x, forward)
         if num_projections is None:
-            return line.full().flatten(1).norm(dim=1)
-        return projected_sq_norms(line, num_projections, generator).mean(1).sqrt()
+            norms = line.full().flatten(1).norm(dim=1)
+        else:
+            norms = projected_sq_norms(line, num_projections, generator).mean(1).sqrt()
+    check_result("the Jacobian", norms)
+    return norms
 
 
 def jacobian_singular_values(
@@ -184,9 +207,13 @@ def jacobian_singular_values(
         >>> torch.allclose(values[0], torch.linalg.svdvals(net.weight.detach()))
         True
     """
+    check_model(model, forward=forward)
+    check_number("k", k, integer=True, optional=True, example="None")
     warn_of_train_mode(model, "the Jacobian")
     with measuring(model):
-        values = torch.linalg.svdvals(linearise(model, x, forward).full())
+        jacobians = linearise(model, x, forward).full()
+        check_result("the Jacobian", jacobians)
+        values = torch.linalg.svdvals(jacobians)
     if k is not None and not 1 <= k <= values.shape[1]:
         raise InputError(
             f"k must lie between 1 and min(outputs, inputs) = {values.shape[1]}",

@@ -9,10 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError, UnsupportedError, check_callable, check_number, shown
 from ..stats.linalg import accumulation_dtype
 from .factors import Plain
-from .functional import Batch, call, check_inputs, examples, fresh, outside_inference, take
+from .functional import (
+    Batch,
+    call,
+    check_inputs,
+    check_leaves,
+    check_model,
+    check_result,
+    examples,
+    fresh,
+    outside_inference,
+    take,
+)
 from .tape import LayerTape
 from .untouched import measuring
 
@@ -59,7 +70,11 @@ def per_example_grad_norms(
         >>> per_example_grad_norms(net, lambda out, y: out.mean(), x, y)   # d out_i / d w = x_i
         tensor([1., 2.], dtype=torch.float64)
     """
+    check_model(model)
+    check_callable("loss_fn", loss_fn, "(outputs, targets) -> loss", "F.cross_entropy")
+    check_number("chunk_size", chunk_size, least=1, integer=True, optional=True, example="None")
     check_inputs(model, x)
+    check_leaves("y", y, examples(x), targets=True)
     leaves: list[Any] = []
     spec: Any = None
 
@@ -71,9 +86,7 @@ def per_example_grad_norms(
         if not moved or any(leaf.ndim == 0 or len(leaf) != count for leaf in moved):
             raise InputError(
                 f"the outputs must be tensors whose first dimension counts the {count} examples",
-                got=[
-                    list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves
-                ],
+                got=[list(getattr(leaf, "shape", [type(leaf).__name__])) for leaf in leaves],
                 fix="Wrap the model so that it returns such a tensor.",
             )
         return torch.cat([leaf.reshape(count, -1) for leaf in moved], 1)
@@ -98,7 +111,9 @@ def per_example_grad_norms(
                 gradient = side.uses[0] if len(side.uses) == 1 else Plain(side.dense())
                 squares += gradient.sq_norms()[0]
             norms.append(squares.sqrt())
-    return torch.cat(norms)
+    together = torch.cat(norms)
+    check_result("the gradient of an example", together)
+    return together
 
 
 def _loss_cotangents(
@@ -114,19 +129,36 @@ def _loss_cotangents(
             for leaf in leaves
         ]
         loss = loss_fn(pytree.tree_unflatten(shown, spec), fresh(take(y, slice(n, n + 1))))
-        if loss.numel() != 1:
-            raise InputError(
-                "loss_fn must return one number",
-                got=f"shape {list(loss.shape)}",
-                fix='Write loss_fn=nn.CrossEntropyLoss(), or any other with reduction="mean".',
-            )
+        _check_loss(loss)
         losses.append(loss.detach().reshape(()))
         moved = [leaf for leaf in shown if isinstance(leaf, Tensor) and leaf.requires_grad]
         grads = torch.autograd.grad(loss.sum(), moved, allow_unused=True, materialize_grads=True)
         rows.append(torch.cat([grad.reshape(-1) for grad in grads]))
     detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    _check_adds_up(loss_fn(pytree.tree_unflatten(detached, spec), fresh(y)), torch.stack(losses))
+    together = loss_fn(pytree.tree_unflatten(detached, spec), fresh(y))
+    _check_number(together)
+    _check_adds_up(together, torch.stack(losses))
     return torch.stack(rows)
+
+
+def _check_loss(loss: Any) -> None:
+    """Refuse what is not one number that depends on the outputs."""
+    _check_number(loss)
+    if not loss.requires_grad:
+        raise InputError(
+            "the loss does not depend on the outputs",
+            fix="Leave no detach(), item() or no_grad() between the outputs and the loss.",
+        )
+
+
+def _check_number(loss: Any) -> None:
+    """Refuse what is not one number."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+        raise InputError(
+            "loss_fn must return one number",
+            got=f"shape {list(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else shown(loss),
+            fix='Write loss_fn=nn.CrossEntropyLoss(), or any other with reduction="mean".',
+        )
 
 
 def _check_adds_up(together: Tensor, alone: Tensor) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
+from ..autodiff.functional import check_forward, check_materialised
 from ..collect.registry import COLLECTORS
 from ..collect.snapshot import Snapshot, present_name
-from ..errors import InputError, check_choice, check_flag, check_list, check_number, shown
+from ..errors import InputError, check_callable, check_choice, check_flag, check_list, check_number, shown
 from ..observables import Observable
 
 STATE_VERSION = 5
@@ -40,11 +40,7 @@ def check_run(
             got=f"{type(model).__name__} and {type(optimizer).__name__}",
             fix="Write Monitor(model, optimizer).",
         )
-    if any(is_lazy(p) for p in model.parameters()):
-        raise InputError(
-            f"{type(model).__name__} has lazy modules, whose parameters have no shape yet",
-            fix="Call the model on a batch first, then make its optimizer and the Monitor.",
-        )
+    check_materialised(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
             f"{type(model).__name__} has no trainable parameter",
@@ -77,17 +73,12 @@ def check_batches(
     Raises:
         InputError: With what to write instead.
     """
+    check_forward(forward)
     if isinstance(probe, str) and probe != "forget":
         raise InputError(
             "the probe is a batch, or the word that it is not kept in checkpoints",
             got=shown(probe),
             fix='Write probe=(x, y) or probe="forget".',
-        )
-    if forward is not None and not callable(forward):
-        raise InputError(
-            "forward must be a callable (model, x) -> outputs [N, O]",
-            got=shown(forward),
-            fix="Write forward=lambda model, x: model(x).",
         )
     if replacement is not None and not isinstance(replacement, bool):
         raise InputError(
@@ -144,12 +135,8 @@ def check_settings(
             got=sorted(twice),
             fix="Give each kind once, or use two monitors with different prefix=.",
         )
-    if loss_fn is not None and not callable(loss_fn):
-        raise InputError(
-            "loss_fn must be a callable (outputs, targets) -> loss",
-            got=shown(loss_fn),
-            fix="Write loss_fn=torch.nn.functional.cross_entropy.",
-        )
+    example = "torch.nn.functional.cross_entropy"
+    check_callable("loss_fn", loss_fn, "(outputs, targets) -> loss", example, optional=True)
     check_flag("layers", layers)
     if loss_reduction is not None:
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))

@@ -21,6 +21,7 @@ from ..collect.snapshot import Snapshot
 from ..errors import InputError, check_choice, check_flag, check_number
 from ..optimizers import GroupSettings
 from ..record.readings import Quantity, Reading, sibling
+from ..stats.arguments import check_entries, check_finite, check_pair, check_sgd, check_together
 from ..stats.estimators import Estimator, HalfRun, Last, Reference
 from ..stats.jackknife import correlated_jackknife, t_quantile
 from ..stats.stationarity import FEWEST_KNOTS, Answer, Floats, end_point_deviation, sasa_plus, stationary
@@ -91,7 +92,8 @@ def fluctuation_dissipation(
         Those of the loss.
 
     Raises:
-        InputError: A window without steps, or Nesterov with dampening.
+        InputError: A window without steps, settings that SGD does not have, numbers that are not finite,
+            shapes that do not go together, or Nesterov with dampening.
 
     Source:
         Yaida 2018, arXiv:1810.00004, the relation FDR1 and its form with momentum; the end-point form and
@@ -102,15 +104,25 @@ def fluctuation_dissipation(
         >>> fluctuation_dissipation(one, (one, one), steps=1, lr=0.5)
         Relation(left=tensor(1.), right=tensor(1.))
     """
+    check_finite(displacement_sq=displacement_sq)
+    check_entries("displacement_sq", displacement_sq, least=0)
+    check_sgd(lr, momentum, dampening, nesterov)
+    check_entries("displacement_dot_velocity", displacement_dot_velocity)
+    for name, ends in (("weight_sq", weight_sq), ("weight_dot_velocity", weight_dot_velocity)):
+        check_pair(name, ends)
+        for end in ends:
+            check_entries(name, end, least=0 if name == "weight_sq" else -math.inf)
+        check_together(displacement_sq=displacement_sq, lr=lr, steps=steps, start=ends[0], end=ends[1])
+    check_entries("steps", steps, integer=True)
     if bool(torch.as_tensor(steps).lt(1).any()):
         raise InputError("a window needs at least one step", got=steps, fix="Record twice or more.")
     nesterov = torch.as_tensor(nesterov).to(displacement_sq)
-    if bool((nesterov.bool() & torch.as_tensor(dampening).ne(0)).any()):
-        raise InputError("Nesterov momentum has no dampening", got=dampening, fix="Write dampening=0.")
     form = _Form(lr, momentum, dampening, nesterov)
     right = form.right(displacement_sq, displacement_dot_velocity)
     start, end = (form.level(*ends) for ends in zip(weight_sq, weight_dot_velocity, strict=True))
-    return Relation(right - (end - start) / steps, right)
+    left = right - (end - start) / steps
+    check_finite(left=left, right=right)
+    return Relation(left, right)
 
 
 class _Form(NamedTuple):

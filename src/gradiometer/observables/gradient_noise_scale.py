@@ -148,10 +148,10 @@ class GradientNoiseScale(Observable):
 
     The source is the micro-batches of gradient accumulation and the processes of data-parallel training
     or, without either, the single examples seen by riding along with the forward and backward pass, or
-    pieces of a batch that is split where ``Monitor(loss_fn=...)`` is given and the model couples examples,
-    or shows them for less than half of its parameters. Its name, the loss reduction and the share of
-    parameters covered are part of every reading. Weight decay inside the optimizer is not part of the
-    gradient measured here.
+    pieces of a batch that is split where the loss is known (read off its graph, or ``Monitor(loss_fn=...)``)
+    and the model couples examples, or shows them for less than half of its parameters. Its name, the loss
+    reduction and the share of parameters covered are part of every reading. Weight decay inside the
+    optimizer is not part of the gradient measured here.
 
     Noise and gradient are those of the training set. Where batches are drawn from it without replacement,
     no two examples of a step are the same, on all processes together, and readings are corrected for that,

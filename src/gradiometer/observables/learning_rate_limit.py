@@ -10,20 +10,30 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..autodiff.empirical_ntk import checked_weights
-from ..autodiff.functional import examples
+from ..autodiff.functional import check_model, examples
 from ..autodiff.products import LossFn
 from ..autodiff.spectrum import TOLERANCE, Curvature, CurvatureKind
 from ..autodiff.untouched import as_training
 from ..collect.snapshot import Snapshot
-from ..errors import InputError, MeasurementWarning, SampleSkippedError, UnsupportedError
+from ..errors import (
+    InputError,
+    MeasurementWarning,
+    SampleSkippedError,
+    UnsupportedError,
+    check_callable,
+    check_choice,
+    check_flag,
+    check_number,
+)
 from ..optimizers import ParameterStep
 from ..record.readings import Quantity, Reading
+from ..stats.arguments import check_entries
 from ..stats.estimators import Reference
 from .base import Estimate, Numbers, Observable
 from .rate_trial import HALVINGS, STEPS, Steps, rate_that_trains
@@ -71,6 +81,9 @@ def stability_limit(momentum: float = 0.0, dampening: float = 0.0, nesterov: boo
         >>> stability_limit(), round(stability_limit(0.9), 3), round(stability_limit(0.9, 0.9), 3)
         (2.0, 3.8, 38.0)
     """
+    check_entries("momentum", momentum, scalar=True, example="0.9")
+    check_entries("dampening", dampening, scalar=True, example="0.0")
+    check_flag("nesterov", nesterov)
     if not (0 <= momentum < 1 and 0 <= dampening < 1):
         raise InputError(
             "momentum and dampening must be at least 0 and below 1",
@@ -184,9 +197,9 @@ def suggest_learning_rate(
         >>> round(found.limit, 5), round(found.suggestion, 5)
         (1.0, 0.5)
     """
+    check_model(model)
+    _check_loss(loss_fn, curvature)
     _check_numbers(fraction, weight_decay, max_products)
-    if loss_fn is None and curvature == "hessian":
-        raise InputError("the Hessian is that of a loss", fix="Write loss_fn=F.cross_entropy, and pass y.")
     kind: CurvatureKind = curvature or ("gauss_newton" if loss_fn is None else "hessian")
     limit = stability_limit(momentum, dampening, nesterov)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -242,13 +255,20 @@ def _half_squares(outputs: Any, targets: Any) -> Tensor:
     return outputs.square().sum() / (2 * len(outputs))
 
 
+def _check_loss(loss_fn: Any, curvature: Any) -> None:
+    check_callable("loss_fn", loss_fn, "(outputs, targets) -> loss", "F.cross_entropy", optional=True)
+    if curvature is not None:
+        check_choice("curvature", curvature, get_args(CurvatureKind))
+    if loss_fn is None and curvature == "hessian":
+        raise InputError("the Hessian is that of a loss", fix="Write loss_fn=F.cross_entropy, and pass y.")
+
+
 def _check_numbers(fraction: float, weight_decay: float, max_products: int) -> None:
+    check_number("fraction", fraction, example="0.5")
     if not 0 < fraction <= 1:
         raise InputError("fraction must lie above 0 and not above 1", got=fraction, fix="Write fraction=0.5.")
-    if not 0 <= weight_decay < math.inf:
-        raise InputError("weight_decay must be finite and not negative", got=weight_decay, fix="Write 0.0.")
-    if max_products < 1:
-        raise InputError("max_products must be at least 1", got=max_products, fix="Write max_products=100.")
+    check_entries("weight_decay", weight_decay, least=0, scalar=True, example="0.0")
+    check_number("max_products", max_products, least=1, integer=True, example="100")
 
 
 EDGE = 0.9

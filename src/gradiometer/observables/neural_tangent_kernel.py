@@ -25,8 +25,11 @@ from ..record.readings import Quantity, Reading, sibling
 from ..stats.estimators import Reference
 from ..stats.jackknife import delete_block_jackknife
 from ..stats.kernel_geometry import (
+    angle_between,
     centred,
     cosine,
+    distance_between,
+    drift_between,
     effective_rank,
     kernel_alignment,
     kernel_angle,
@@ -34,6 +37,7 @@ from ..stats.kernel_geometry import (
     projection_stderr,
     relative_drift,
     rescaled_parts,
+    spread_of_projections,
     target_kernel,
 )
 from .base import Estimate, Numbers, Observable
@@ -290,7 +294,7 @@ class NeuralTangentKernel(Observable):
         levels = {"kernel": kernel}
         if self.outputs == "trace" and kernel.ndim == 3:  # one estimate per projection
             levels["kernel"] = kernel.mean(-1)
-            levels["projection_error"] = projection_stderr(kernel.diagonal().mean(-1), width)
+            levels["projection_error"] = spread_of_projections(kernel.diagonal().mean(-1), width)
         targets = _targets(probe, len(kernel))
         if targets is not None:
             levels["targets"] = target_kernel(targets)
@@ -331,13 +335,13 @@ class NeuralTangentKernel(Observable):
         flat = _flat(kernel)
         spectrum = torch.linalg.eigvalsh(flat)
         measures: dict[str, Callable[[Tensor], Tensor]] = {
-            "drift": lambda keep: relative_drift(_keep(kernel, keep), _keep(first, keep)),
-            "distance": lambda keep: kernel_distance(_keep(kernel, keep), _keep(first, keep)),
+            "drift": lambda keep: drift_between(_keep(kernel, keep), _keep(first, keep)),
+            "distance": lambda keep: distance_between(_keep(kernel, keep), _keep(first, keep)),
             "trace": lambda keep: _keep(over_examples, keep).diagonal().mean(),
         }
         if previous is not None and steps > 0:
             measures["velocity"] = lambda keep: (
-                kernel_angle(_keep(kernel, keep), _keep(previous, keep)) / steps
+                angle_between(_keep(kernel, keep), _keep(previous, keep)) / steps
             )
         if "targets" in now:
             targets = now["targets"]
@@ -393,7 +397,7 @@ def _feature_change(now: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> d
     if "layers" not in now or "layers" not in first:
         return {}
     kernel, nearest = now["layers"].sum(0), rescaled_parts(now["layers"].sum(0), first["layers"])
-    turned = {"feature_change": lambda keep: kernel_distance(_keep(kernel, keep), _keep(nearest, keep))}
+    turned = {"feature_change": lambda keep: distance_between(_keep(kernel, keep), _keep(nearest, keep))}
     estimates = _leave_one_out(turned, len(kernel), kernel.device)
     if first["cold"] > _COLD:
         estimates["feature_change"] = estimates["feature_change"]._replace(resolved=False, note=_COLD_START)

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..collect.snapshot import Curvature, Snapshot
 from ..errors import InputError
 from ..record.readings import Quantity
+from ..stats.arguments import check_entries, check_finite, check_tensors, check_together
 from ..stats.estimators import Estimator, Reference, Window
-from ..stats.noise_scale import check_population, of_training_set
+from ..stats.noise_scale import check_population, check_sizes, of_training_set
 from .base import Numbers, Observable, Sample
 from .noise_resolution import population, positive, resolved_scale
 
@@ -92,6 +93,29 @@ def noise_curvature(
         >>> round(moments["noise_curvature"].item(), 6), round(moments["trace"].item(), 6)
         (2.0, 1.0)
     """
+    if dataset_size is not None:
+        check_entries("dataset_size", dataset_size, least=1, integer=True, scalar=True, example="50_000")
+    check_tensors(gram=gram, forms=forms)
+    check_sizes(sizes)
+    moments = noise_of_parts(gram, forms, sizes, dataset_size)
+    check_finite(**moments)  # entries of forms that are not used may be anything
+    return moments
+
+
+def noise_of_parts(
+    gram: Tensor, forms: Tensor, sizes: Tensor, dataset_size: int | None = None
+) -> dict[str, Tensor]:
+    """The formula of :func:`noise_curvature`.
+
+    Args:
+        gram: As there.
+        forms: As there.
+        sizes: As there.
+        dataset_size: As there.
+
+    Raises:
+        InputError: As there, without a look at the numbers.
+    """
     k = len(sizes)
     if k < 3:
         raise InputError(
@@ -137,7 +161,7 @@ def moments_of(parts: Curvature, gram: Tensor, snapshot: Snapshot) -> dict[str, 
     """
     shared_out = bool(population(snapshot)[0])
     size = snapshot.dataset_size if shared_out else None
-    return noise_curvature(gram, parts.forms, parts.sizes, dataset_size=size)
+    return noise_of_parts(gram, parts.forms, parts.sizes, size)
 
 
 def curvature_of_noise(gram: Tensor, forms: Tensor, sizes: Tensor) -> dict[str, Tensor]:
@@ -191,8 +215,28 @@ def best_step(
         >>> best_step(unit, unit, 8 * unit, batch_size=8)
         BestStep(lr=tensor(0.5000), decrease=tensor(0.2500))
     """
-    if not batch_size > 0:
-        raise InputError("batch_size must be positive", got=batch_size, fix="Write batch_size=32.")
+    check_entries("batch_size", batch_size, above=0, scalar=True, example="32")
+    moments = {
+        "grad_sq_norm": grad_sq_norm,
+        "gradient_curvature": gradient_curvature,
+        "noise_curvature": noise_curvature,
+    }
+    check_finite(**moments)
+    check_together(**moments)
+    return step_of_moments(grad_sq_norm, gradient_curvature, noise_curvature, batch_size)
+
+
+def step_of_moments(
+    grad_sq_norm: Tensor, gradient_curvature: Tensor, noise_curvature: Tensor, batch_size: float
+) -> BestStep:
+    """The formula of :func:`best_step`.
+
+    Args:
+        grad_sq_norm: As there.
+        gradient_curvature: As there.
+        noise_curvature: As there.
+        batch_size: As there.
+    """
     curvature = gradient_curvature + noise_curvature / batch_size
     lr = torch.where(curvature > 0, grad_sq_norm / curvature, torch.nan)
     return BestStep(lr, lr * grad_sq_norm / 2)
@@ -203,9 +247,10 @@ class NoiseCurvature(Observable):
     """B_noise, the curvature that the gradient noise feels, and the best learning rate for one step.
 
     From three parts of the step's last micro-batch, each with a gradient and a Hessian of its own, so that
-    every product is one of independent parts. Needs ``Monitor(loss_fn=...)``. The loss alone: neither the
-    weight decay of the optimizer nor its momentum or preconditioner is part of it, and so it works under
-    every optimizer. Batch norm normalises within each part.
+    every product is one of independent parts. Needs the loss, read off its graph or given as
+    ``Monitor(loss_fn=...)``. The loss alone: neither the weight decay of the optimizer nor its momentum or
+    preconditioner is part of it, and so it works under every optimizer. Batch norm normalises within each
+    part.
 
     B_noise is a ratio of averages with Fieller's interval. Where the curvature along the gradient is within
     two standard errors of zero it is not resolved: the reading is ``nan``, and its lower bound stands.
@@ -296,7 +341,7 @@ class NoiseCurvature(Observable):
         """Ratios of the averages."""
         noise, signal = now["noise_curvature"], now["gradient_curvature"]
         batch = float(now["batch_size"][0])
-        best = best_step(now["grad_sq_norm"], signal, noise, batch).lr
+        best = step_of_moments(now["grad_sq_norm"], signal, noise, batch).lr
         of = "the curvature along the gradient"
         return {
             **resolved_scale(noise, signal, reference.weights, batch, of=of),

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..collect.snapshot import Snapshot
 from ..errors import InputError, UnsupportedError, check_flag
 from ..record.readings import Quantity
+from ..stats.arguments import check_entries, check_finite, check_sgd, check_together, number_sequence
 from ..stats.estimators import Estimator, HalfRun, Reference
 from .base import Estimate, Numbers, Observable, Sample
 from .noise_curvature import moments_of
@@ -111,7 +112,8 @@ def second_fluctuation_dissipation(
         loss^2 / parameter^2.
 
     Raises:
-        InputError: A learning rate that is not positive, or Nesterov with dampening.
+        InputError: A learning rate that is not positive, settings that SGD does not have, numbers that are
+            not finite, shapes that do not go together, or Nesterov with dampening.
 
     Source:
         Yaida 2018, arXiv:1810.00004, the relation FDR2 and its form with momentum; the form for Nesterov and
@@ -122,16 +124,28 @@ def second_fluctuation_dissipation(
         >>> second_fluctuation_dissipation(g2, uhu, lr=0.01)
         SecondRelation(left=tensor(2.), right=tensor(2.))
     """
-    if not bool(torch.as_tensor(lr).gt(0).all()):
-        raise InputError("the learning rate must be positive", got=lr, fix="Leave out groups that rest.")
+    averages = {
+        "grad_sq_norm": grad_sq_norm,
+        "displacement_curvature": displacement_curvature,
+        "velocity_dot_gradient": velocity_dot_gradient,
+        "weight_dot_gradient": weight_dot_gradient,
+        "weight_sq": weight_sq,
+        "velocity_dot_weight": velocity_dot_weight,
+        "displacement_sq": displacement_sq,
+    }
+    check_finite(grad_sq_norm=grad_sq_norm, displacement_curvature=displacement_curvature)
+    for name, value in averages.items():
+        check_entries(name, value, least=0 if name in ("weight_sq", "displacement_sq") else -math.inf)
+    check_sgd(lr, momentum, dampening, nesterov)
+    check_entries("weight_decay", weight_decay, least=0, example="0.0")
+    check_together(**averages, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     nesterov = torch.as_tensor(nesterov)
-    if bool((nesterov & torch.as_tensor(dampening).ne(0)).any()):
-        raise InputError("Nesterov momentum has no dampening", got=dampening, fix="Write dampening=0.")
     fresh, carried = _weights_of(grad_sq_norm, momentum, dampening, nesterov)
-    square = grad_sq_norm + 2 * weight_decay * weight_dot_gradient + weight_decay**2 * weight_sq
+    square = grad_sq_norm + 2 * weight_decay * weight_dot_gradient + weight_decay * weight_decay * weight_sq
     along_velocity = velocity_dot_gradient + weight_decay * velocity_dot_weight
     left = fresh * square + carried * along_velocity
     right = (displacement_curvature + weight_decay * displacement_sq) / (2 * lr)
+    check_finite(left=torch.as_tensor(left), right=torch.as_tensor(right))
     return SecondRelation(left, right)
 
 
@@ -215,8 +229,11 @@ def harmonicity(
         >>> round(fit.slope, 6), round(fit.bend, 6), round(fit.curvature, 6)
         (1.0, 2.0, 4.0)
     """
-    eta, left = np.asarray(lrs, dtype=np.float64), np.asarray(lefts, dtype=np.float64)
-    error = eta if stderrs is None else np.asarray(stderrs, dtype=np.float64)
+    eta, left = number_sequence("lrs", lrs), number_sequence("lefts", lefts)
+    error = eta if stderrs is None else number_sequence("stderrs", stderrs)
+    if noise_trace is not None:
+        check_entries("noise_trace", noise_trace, above=0, scalar=True, example="0.5")
+    gain = _gain(momentum, dampening, nesterov)
     _check_runs(eta, left, error)
     # left / eta = a + c eta is the same least-squares problem
     (bend, slope), covariance = np.polyfit(eta, left / eta, 1, w=eta / error, cov="unscaled")
@@ -225,15 +242,18 @@ def harmonicity(
         freedom = len(eta) - 2
         covariance, chi_square = covariance * (chi_square / freedom if freedom else np.nan), np.nan
     bend_error, slope_error = np.sqrt(np.diag(covariance))
-    per_slope = np.nan if noise_trace is None else 2 / (_gain(momentum, dampening, nesterov) * noise_trace)
+    per_slope = np.nan if noise_trace is None else 2 / (gain * noise_trace)
     numbers = (slope, slope_error, bend, bend_error, chi_square, slope * per_slope, slope_error * per_slope)
     return Harmonicity(*map(float, numbers))
 
 
 def _gain(momentum: float, dampening: float, nesterov: bool) -> float:
     """Variance of the direction d that noise of unit variance per step adds up to."""
+    check_entries("momentum", momentum, scalar=True, example="0.9")
     if not 0 <= momentum < 1:
         raise InputError("momentum must lie in [0, 1)", got=momentum, fix="Write momentum=0.9.")
+    check_entries("dampening", dampening, least=0, below=1, scalar=True, example="0.0")
+    check_flag("nesterov", nesterov)
     if nesterov and dampening:
         raise InputError("Nesterov momentum has no dampening", got=dampening, fix="Write dampening=0.")
     fresh, carried = (1 + momentum, momentum**2) if nesterov else (1 - dampening, momentum)
@@ -260,6 +280,12 @@ def _check_runs(eta: Array, left: Array, error: Array) -> None:
             got=[eta.tolist(), error.tolist()],
             fix="Leave out runs without an error, or write stderrs=None.",
         )
+
+
+_MOST_STEPS = 10**8
+"""Steps of an epoch; beyond, the sums over them do not fit into memory."""
+_SOFT = 1e-8
+"""Curvature times learning rate times steps, below which the limit of small ones is the more exact."""
 
 
 def shuffling_factor(curvature_times_lr: float, steps_per_epoch: int) -> float:
@@ -304,6 +330,10 @@ def shuffling_factor(curvature_times_lr: float, steps_per_epoch: int) -> float:
         >>> round(shuffling_factor(0.1, steps_per_epoch=10), 4)
         0.3026
     """
+    check_entries("curvature_times_lr", curvature_times_lr, scalar=True, example="0.01")
+    check_entries(
+        "steps_per_epoch", steps_per_epoch, below=_MOST_STEPS, integer=True, scalar=True, example="100"
+    )
     if not 0 < curvature_times_lr < 2:
         raise InputError(
             "curvature times learning rate must lie in (0, 2), where SGD is stable",
@@ -316,6 +346,8 @@ def shuffling_factor(curvature_times_lr: float, steps_per_epoch: int) -> float:
             got=steps_per_epoch,
             fix="A single batch with all the data has no noise.",
         )
+    if curvature_times_lr * steps_per_epoch < _SOFT:
+        return curvature_times_lr * (steps_per_epoch + 1) / 3
     M, a = steps_per_epoch, 1 - curvature_times_lr
     k = np.arange(1, M + 1)
     lost = a ** (k - 1.0) - 1  # the variance of what is lost is exact where a is close to 1
@@ -342,8 +374,9 @@ class SecondFluctuationDissipation(Observable):
     Hessian may couple them. Both sides come from three parts of the step's last micro-batch: with the steps
     :math:`u_i` that torch would make of each part's gradient, momentum, Nesterov and L2 included, left is
     the mean of :math:`u_i\cdot\nabla f_l` and right follows from :math:`u_i^T\nabla^2 f_j\,u_l` of distinct
-    parts and, for the noise, of i = l, scaled from a part to the whole batch. Needs
-    ``Monitor(loss_fn=...)``; a summed loss is read as the mean loss at as many times the learning rate.
+    parts and, for the noise, of i = l, scaled from a part to the whole batch. Needs the loss, read off its
+    graph or given as ``Monitor(loss_fn=...)``; a summed loss is read as the mean loss at as many times the
+    learning rate.
 
     The relation takes the gradient's mean at given weights for the gradient of the loss, which only batches
     drawn independently of each other have. In a shuffled epoch the weights have moved along the gradients of

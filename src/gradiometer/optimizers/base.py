@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import InputError, SampleSkippedError, UnsupportedError
+from ..errors import InputError, SampleSkippedError, UnsupportedError, check_kind
 
 __all__ = [
     "Family",
@@ -223,6 +223,7 @@ def register(family: Family) -> Family:
     Raises:
         InputError: If one of its classes has a family.
     """
+    check_kind("family", family, Family, "SignSGDFamily()")
     for kind in family.classes:
         if kind in _FAMILIES and type(_FAMILIES[kind]) is not type(family):
             raise InputError(
@@ -241,6 +242,8 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
         optimizer: Any optimizer. Another wrapper is looked through where it has no hooks of its own and shows
             the state of the optimizer inside; what is not wrapped is returned as it is.
     """
+    if not hasattr(optimizer, "optimizer"):
+        check_kind("optimizer", optimizer, Optimizer, "torch.optim.SGD(model.parameters(), lr=0.1)")
     while _hands_on(optimizer):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
@@ -251,7 +254,7 @@ def _hands_on(optimizer: Optimizer) -> bool:
     if any(kind.__name__ in _WRAPPERS for kind in type(optimizer).__mro__):
         return True
     inner = getattr(optimizer, "optimizer", None)
-    without_hooks = "_optimizer_step_post_hooks" not in vars(optimizer)
+    without_hooks = "_optimizer_step_post_hooks" not in getattr(optimizer, "__dict__", {})
     return without_hooks and isinstance(inner, Optimizer) and optimizer.state is inner.state
 
 

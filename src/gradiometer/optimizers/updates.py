@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..errors import SampleSkippedError, UnsupportedError
+from ..errors import SampleSkippedError, UnsupportedError, check_kind
 from ..record.readings import last_part
 from ..stats.linalg import accumulation_dtype, squared_norms
 from .base import GroupSettings, Move, Scratch, family_of
@@ -59,6 +59,8 @@ def step_was_made(optimizer: Optimizer) -> bool:
         >>> step_was_made(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
         True
     """
+    if not hasattr(optimizer, "param_groups"):
+        check_kind("optimizer", optimizer, Optimizer, "torch.optim.SGD(model.parameters(), lr=0.1)")
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is None or float(found_inf) == 0.0
 

@@ -119,9 +119,9 @@ def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
         "sentence", "note"}}}``.
 
     Raises:
-        InputError: If the file is something else or of a newer version.
+        InputError: If the file cannot be read, is something else or of a newer version.
     """
-    return (line for line in _run(path) if "readings" in line)
+    return (line for line in _run(*_opened(path)) if "readings" in line)
 
 
 def read_decisions(path: str | Path) -> Iterator[Decision]:
@@ -136,13 +136,24 @@ def read_decisions(path: str | Path) -> Iterator[Decision]:
     Raises:
         InputError: If the file is something else or of a newer version.
     """
-    return (Decision.from_plain(line["decision"]) for line in _run(path) if "decision" in line)
+    return (Decision.from_plain(line["decision"]) for line in _run(*_opened(path)) if "decision" in line)
 
 
-def _run(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of one run, by step: what was written before a resumption and again after it comes once."""
+def _opened(path: str | Path) -> tuple[Path, _Lines]:
+    """The file and its lines, refused at once where they cannot be read."""
     path = _checked(path)
-    lines = _Lines(path)
+    try:
+        return path, _Lines(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            "cannot read records there", got=error, fix="Pass the path that JSONLinesRecorder was given."
+        ) from error
+
+
+def _run(path: Path, lines: _Lines) -> Iterator[dict[str, Any]]:
+    """The lines of one run, by step: what was written before a resumption and again after it comes once."""
     places: dict[tuple[Any, ...], tuple[int, int]] = {}
     before, replaying = -1, False
     for place, line in lines:

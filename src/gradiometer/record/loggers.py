@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import check_flag, check_kind, check_list, check_number
 from .readings import Decision, Quantity, Reading, scalars
 from .tensorboard import custom_scalars_layout, hide_from, with_words, write_arrays, write_decisions
 
@@ -23,6 +24,9 @@ class LoggersRecorder:
         step: The optimizer step at which the run begins; where it goes on in the directory of an interrupted
             one, what that one wrote into TensorBoard from this step on is hidden.
 
+    Raises:
+        InputError: If an argument cannot be used.
+
     Example:
         >>> class Logger:
         ...     def log_metrics(self, metrics, step):
@@ -34,6 +38,12 @@ class LoggersRecorder:
     def __init__(
         self, loggers: Sequence[Any], *, layout: bool = False, prefix: str = "dynamics", step: int = 0
     ) -> None:
+        check_list(
+            "loggers", loggers, "loggers", lambda log: hasattr(log, "log_metrics"), "TensorBoardLogger()"
+        )
+        check_flag("layout", layout)
+        check_kind("prefix", prefix, str, '"dynamics"')
+        check_number("step", step, least=0, integer=True, example="0")
         self._loggers = list(loggers)
         self._prefix, self._layout, self._step = prefix, layout, step
         self._boards = [logger for logger in self._loggers if type(logger).__name__ == "TensorBoardLogger"]

@@ -149,6 +149,11 @@ def custom_scalars_layout(prefix: str, quantities: Mapping[str, Quantity]) -> di
         >>> custom_scalars_layout("d", {"d/fdr/ratio": ratio})["d"]["stationary?"]
         ['Multiline', ['^d/fdr/ratio$']]
     """
+    check_kind("prefix", prefix, str, '"dynamics"')
+    check_kind("quantities", quantities, Mapping, '{"dynamics/group/name": Quantity("1", "Drift.")}')
+    for key, quantity in quantities.items():
+        check_kind("key", key, str, '"dynamics/group/name"')
+        check_kind(f"quantities[{key!r}]", quantity, Quantity, 'Quantity("1", "Drift.")')
     charts: dict[str, list[Any]] = {"losses": ["Multiline", [".*loss$"]]}
     for key, quantity in quantities.items():
         if quantity.chart:

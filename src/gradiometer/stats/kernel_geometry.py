@@ -7,7 +7,8 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, shown
+from .arguments import check_entries, check_finite
 
 __all__ = [
     "centred",
@@ -55,9 +56,28 @@ def projection_stderr(estimates: Tensor, width: int) -> Tensor:
         >>> projection_stderr(torch.tensor([1.0, 3.0]), width=4)
         tensor(0.7071)
     """
-    k = estimates.shape[-1]
+    check_finite(estimates=estimates)
+    check_entries("width", width, least=1, integer=True, scalar=True, example="10")
+    k = estimates.shape[-1] if estimates.ndim else 1
     if k < 2:
         raise InputError("an error needs at least two projections", got=k, fix="Write num_projections=8.")
+    if k > width:
+        raise InputError(
+            "there are no more orthonormal projections than outputs",
+            got=f"{k} estimates, width={width}",
+            fix="Pass the number of outputs as width=.",
+        )
+    return spread_of_projections(estimates, width)
+
+
+def spread_of_projections(estimates: Tensor, width: int) -> Tensor:
+    """The formula of :func:`projection_stderr`.
+
+    Args:
+        estimates: As there.
+        width: As there.
+    """
+    k = estimates.shape[-1]
     return (estimates.var(-1) / k * (1 - k / width)).sqrt()
 
 
@@ -83,7 +103,7 @@ def kernel_distance(k1: Tensor, k2: Tensor) -> Tensor:
         None.
 
     Raises:
-        InputError: If the shapes differ.
+        InputError: If the shapes differ, or a kernel is not finite or all 0.
 
     Source:
         Fort et al. 2020, arXiv:2010.15110.
@@ -93,6 +113,17 @@ def kernel_distance(k1: Tensor, k2: Tensor) -> Tensor:
         tensor(0.)
     """
     _check_pair(k1, k2)
+    _check_direction(k1=k1, k2=k2)
+    return distance_between(k1, k2)
+
+
+def distance_between(k1: Tensor, k2: Tensor) -> Tensor:
+    """The formula of :func:`kernel_distance`: ``nan`` where a kernel is 0 or not finite.
+
+    Args:
+        k1: A kernel.
+        k2: Another one of the same shape.
+    """
     return (k1 / k1.norm() - k2 / k2.norm()).square().sum() / 2
 
 
@@ -118,7 +149,7 @@ def kernel_angle(k1: Tensor, k2: Tensor) -> Tensor:
         Radians.
 
     Raises:
-        InputError: If the shapes differ.
+        InputError: If the shapes differ, or a kernel is not finite or all 0.
 
     Source:
         The distance of Fort et al. 2020, arXiv:2010.15110, turned into an angle.
@@ -127,7 +158,19 @@ def kernel_angle(k1: Tensor, k2: Tensor) -> Tensor:
         >>> kernel_angle(torch.diag(torch.tensor([1.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0])))
         tensor(1.5708)
     """
-    return 2 * torch.asin((kernel_distance(k1, k2) / 2).sqrt().clamp(max=1.0))
+    _check_pair(k1, k2)
+    _check_direction(k1=k1, k2=k2)
+    return angle_between(k1, k2)
+
+
+def angle_between(k1: Tensor, k2: Tensor) -> Tensor:
+    """The formula of :func:`kernel_angle`: ``nan`` where a kernel is 0 or not finite.
+
+    Args:
+        k1: A kernel.
+        k2: Another one of the same shape.
+    """
+    return 2 * torch.asin((distance_between(k1, k2) / 2).sqrt().clamp(max=1.0))
 
 
 def rescaled_parts(k: Tensor, parts: Tensor) -> Tensor:
@@ -170,7 +213,8 @@ def rescaled_parts(k: Tensor, parts: Tensor) -> Tensor:
             got=f"{list(parts.shape)} beside a kernel {list(k.shape)}",
             fix="Stack what layer_ntks returns.",
         )
-    _check_pair(k, parts[0])
+    if k.shape != parts[0].shape:
+        raise _of_two_probes(k, parts[0])
     if not bool(k.isfinite().all() and parts.isfinite().all()):
         return torch.full_like(k, torch.nan)
     columns, goal = parts.flatten(1).double().cpu().numpy(), k.flatten().double().cpu().numpy()
@@ -200,7 +244,7 @@ def relative_drift(k: Tensor, k0: Tensor) -> Tensor:
         None.
 
     Raises:
-        InputError: If the shapes differ.
+        InputError: If the shapes differ, a kernel is not finite, or the first one is all 0.
 
     Source:
         Lee et al. 2019, arXiv:1902.06720.
@@ -210,6 +254,17 @@ def relative_drift(k: Tensor, k0: Tensor) -> Tensor:
         tensor(1.)
     """
     _check_pair(k, k0)
+    _check_direction(k0=k0)
+    return drift_between(k, k0)
+
+
+def drift_between(k: Tensor, k0: Tensor) -> Tensor:
+    """The formula of :func:`relative_drift`: ``nan`` or infinite where the first kernel is 0.
+
+    Args:
+        k: The kernel now.
+        k0: The kernel at the beginning.
+    """
     return (k - k0).norm() / k0.norm()
 
 
@@ -233,7 +288,8 @@ def kernel_alignment(k: Tensor, y: Tensor) -> Tensor:
         None.
 
     Raises:
-        InputError: If the shapes do not fit.
+        InputError: If the shapes do not fit, or the kernel or the targets have no direction: all 0, or the
+            same for all examples.
 
     Source:
         Cortes, Mohri, Rostamizadeh 2012, JMLR 13:795-828.
@@ -243,14 +299,26 @@ def kernel_alignment(k: Tensor, y: Tensor) -> Tensor:
         >>> round(kernel_alignment(target_kernel(y), y).item(), 6)
         1.0
     """
-    targets = target_kernel(y)
+    check_finite(k=k)
+    check_entries("y", y, example="the targets")
+    if not isinstance(y, Tensor) or not y.ndim:
+        raise InputError("y must be a tensor that begins with the examples", got=shown(y), fix="Pass y [N].")
+    targets = target_kernel(y).to(k.device)
     if k.ndim != 2 or k.shape != targets.shape:
         raise InputError(
             "alignment needs a kernel [N, N] and N targets",
             got=f"a kernel {list(k.shape)} and targets {list(y.shape)}",
             fix='Use the trace kernel, empirical_ntk(model, x, outputs="trace").',
         )
-    return cosine(centred(k.to(targets)), centred(targets))
+    moved = {"k": centred(k.to(targets)), "y": centred(targets)}
+    for name, kernel in moved.items():
+        if not bool(kernel.norm() > 1e-12 * (k if name == "k" else targets).norm()):
+            raise InputError(
+                f"alignment needs {name} to tell examples apart",
+                got="the same for all examples",
+                fix="Pass examples of several classes, or of different inputs.",
+            )
+    return cosine(*moved.values())
 
 
 def target_kernel(y: Tensor) -> Tensor:
@@ -298,12 +366,26 @@ def effective_rank(eigenvalues: Tensor) -> Tensor:
 
 
 def _check_pair(k1: Tensor, k2: Tensor) -> None:
+    check_finite(k1=k1, k2=k2)
     if k1.shape != k2.shape:
-        raise InputError(
-            "two kernels can be compared only on one probe",
-            got=f"shapes {list(k1.shape)} and {list(k2.shape)}",
-            fix="Evaluate both on the same inputs with the same outputs mode.",
-        )
+        raise _of_two_probes(k1, k2)
+
+
+def _of_two_probes(k1: Tensor, k2: Tensor) -> InputError:
+    return InputError(
+        "two kernels can be compared only on one probe",
+        got=f"shapes {list(k1.shape)} and {list(k2.shape)}",
+        fix="Evaluate both on the same inputs with the same outputs mode.",
+    )
+
+
+def _check_direction(**kernels: Tensor) -> None:
+    for name, kernel in kernels.items():
+        if not bool(kernel.norm() > 0):
+            raise InputError(
+                f"{name} is 0 and has no direction to compare with",
+                fix="Look for parameters that are frozen or that no output depends on.",
+            )
 
 
 def centred(k: Tensor) -> Tensor:

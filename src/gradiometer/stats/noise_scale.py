@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, check_choice, check_flag, shown
+from .arguments import check_entries, check_finite
 
 __all__ = [
     "check_population",
@@ -75,8 +78,11 @@ def gradient_noise_scale(
         >>> gradient_noise_scale(sq_norms, torch.ones(2), torch.tensor(2.0))
         {'trace': tensor(2., dtype=torch.float64), 'grad_sq_norm': tensor(1., dtype=torch.float64)}
     """
-    if loss_reduction not in ("mean", "sum"):
-        raise InputError("unknown loss_reduction", got=repr(loss_reduction), fix='Write "mean" or "sum".')
+    check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+    if dataset_size is not None:
+        check_entries("dataset_size", dataset_size, least=1, integer=True, scalar=True, example="50_000")
+    check_finite(sq_norms=sq_norms, batch_sq_norm=batch_sq_norm)
+    _check_parts(sq_norms, sizes, batch_sq_norm)
     k = len(sq_norms)
     if k < 2:
         raise InputError(
@@ -85,8 +91,6 @@ def gradient_noise_scale(
             fix="Accumulate over two or more micro-batches "
             "(Lightning: accumulate_grad_batches=2), or use batches of two or more examples.",
         )
-    if bool((sizes < 1).any()):
-        raise InputError("every part must hold an example", got=sizes.tolist(), fix="Drop empty parts.")
     check_population(sizes, dataset_size)
     b = sizes.double()
     mean = loss_reduction == "mean"
@@ -98,6 +102,37 @@ def gradient_noise_scale(
     if dataset_size is not None:
         trace, signal = of_training_set(trace, signal, 1 / dataset_size)
     return {"trace": trace[0], "grad_sq_norm": signal[0]}
+
+
+def _check_parts(sq_norms: Tensor, sizes: Tensor, batch_sq_norm: Tensor) -> None:
+    """Refuse norms of parts and of their batch that do not go together."""
+    for name, squares in (("sq_norms", sq_norms), ("batch_sq_norm", batch_sq_norm)):
+        check_entries(name, squares, least=0, example="norms.square()")
+    check_sizes(sizes)
+    shapes = [list(value.shape) for value in (sq_norms, sizes, batch_sq_norm)]
+    if len(shapes[0]) != 1 or shapes[1] != shapes[0] or shapes[2]:
+        raise InputError(
+            "sq_norms and sizes must have one entry per part, and batch_sq_norm must be one number",
+            got=f"shapes {shapes[0]}, {shapes[1]} and {shapes[2]}",
+            fix="Pass sq_norms [k], sizes [k] and batch_sq_norm [].",
+        )
+
+
+def check_sizes(sizes: Any) -> None:
+    """Refuse what are no numbers of examples.
+
+    Args:
+        sizes: Examples in each part.
+
+    Raises:
+        InputError: A part without an example, or half of one.
+    """
+    if not isinstance(sizes, Tensor) or sizes.ndim != 1:
+        got = shown(sizes) if not isinstance(sizes, Tensor) else f"shape {list(sizes.shape)}"
+        raise InputError("sizes must be a tensor [k]", got=got, fix="Write torch.tensor([16, 16]).")
+    if sizes.numel() and not sizes.is_meta and bool((sizes < 1).any()):
+        raise InputError("every part must hold an example", got=sizes.tolist(), fix="Drop empty parts.")
+    check_entries("sizes", sizes, least=1, integer=True, example="torch.tensor([16, 16])")
 
 
 def check_population(sizes: Tensor, dataset_size: int | None) -> None:
@@ -223,6 +258,11 @@ def sgd_noise_scale(
         >>> sgd_noise_scale(0.1, dataset_size=1000, batch_size=10)
         5.0
     """
+    check_entries("lr", lr, least=0, scalar=True, example="0.1")
+    check_entries("momentum", momentum, scalar=True, example="0.9")
+    check_flag("replacement", replacement)
+    for name, size in (("batch_size", batch_size), ("dataset_size", dataset_size)):
+        check_entries(name, size, scalar=True, integer=name == "dataset_size", example="32")
     if dataset_size < 1 or batch_size < 1 or batch_size > dataset_size:
         raise InputError(
             "the batch must hold between 1 and dataset_size examples",
@@ -237,4 +277,6 @@ def sgd_noise_scale(
         ratio = 0.0
     else:
         ratio = (dataset_size - batch_size) / batch_size * dataset_size / (dataset_size - 1)
-    return lr * ratio / (2.0 * (1.0 - momentum))
+    scale = lr * ratio / (2.0 * (1.0 - momentum))
+    check_entries("the noise scale", scale)
+    return scale
