@@ -213,6 +213,7 @@ class Instruments:
             began = perf_counter()
             instrument = self._instruments[taking.name]
             if not taking.failed:
+                skips = instrument.skips
                 if self._ranks.together:  # before what one process alone may fail in
                     instrument.settled()
                 try:
@@ -220,6 +221,7 @@ class Instruments:
                 except SampleSkippedError as error:  # by what was averaged: on all processes, if on one
                     if not self._guard.contains:
                         raise
+                    instrument.skips = skips
                     self._settle(instrument, taking, error, step.number, ready=step.ready)
                 except Exception as error:
                     self.fail(step, taking, error)
