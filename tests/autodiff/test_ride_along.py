@@ -221,7 +221,8 @@ def test_nothing_seen_is_refused_with_the_reason():
     functional.sum().backward()
     tape.detach()
     message = (
-        r"no layer was seen in the backward pass \(its module has no rule, or was not called\). Accumulate"
+        r"none of the model's layers was called inside monitor.micro_batch \(the forward pass was outside "
+        r"it, or does not call them\). Put the forward pass inside"
     )
     with pytest.raises(UnsupportedError, match=message):
         tape.result()

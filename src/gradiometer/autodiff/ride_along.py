@@ -132,6 +132,7 @@ class RideAlong:
                 self._owners[id(parameter)] = self._owners.get(id(parameter), 0) + 1
             if followed and type(module) in RULES:
                 paths[module] = path
+        self._uncalled = bool(paths)
         self._hooks = ModuleHooks(paths, weakly(self._look))
         self._hooks.attach()
 
@@ -174,6 +175,7 @@ class RideAlong:
             return
         if torch.compiler.is_compiling():
             return
+        self._uncalled = False
         if not torch.is_grad_enabled():
             self._without_gradients.add(module)
             return
@@ -307,6 +309,12 @@ class RideAlong:
             )
         shown_norms = self._added(counted) if self._several else counted[0].sq_norms if counted else {}
         sq_norms = {name: norms for name, norms in shown_norms.items() if name not in self._dropped}
+        if not sq_norms and self._uncalled:
+            raise UnsupportedError(
+                "per-example gradients are not available: none of the model's layers was called inside "
+                "monitor.micro_batch (the forward pass was outside it, or does not call them)",
+                fix="Put the forward pass inside it too, or accumulate over two or more micro-batches.",
+            )
         if not sq_norms:
             reasons = sorted(set(self._skipped.values()))
             raise UnsupportedError(

@@ -7,6 +7,7 @@ one only: what is being trained, what is known of the step under way, and its ow
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from ..errors import SampleSkippedError, UnsupportedError
 from .compilation import CompilerWatch
 from .loss_graph import FoundLoss
+from .loss_terms import OTHER, Terms
 from .own_batch import LossFunction as LossFunction
 from .own_batch import OwnBatch
 from .sections import Sections
 
 MomentName = Literal["before_step", "after_step"]
+ACCUMULATE = "Accumulate over two or more micro-batches (Lightning: accumulate_grad_batches=2)"
+"""What gives a noise scale on any run."""
 Memory = dict[str, Any]
 """What the collectors of one field keep from step to step."""
 
@@ -62,6 +66,7 @@ class Step:
         sizes: Examples of each micro-batch of this step so far.
         batch: The latest micro-batch for passes of our own, where the loss is known.
         loss: The loss that the graph has shown, or why it is not known.
+        terms: What the loss is divided by, also where it is not known.
         reduction: ``"mean"`` or ``"sum"`` over the examples of a micro-batch.
         axes: The examples' axis of the input of each layer, where it was tried.
         refusal: Why the examples of a batch are not known.
@@ -82,6 +87,7 @@ class Step:
     sizes: list[int] = field(default_factory=list)
     batch: OwnBatch | None = None
     loss: FoundLoss | str = "no backward pass was seen"
+    terms: Terms = field(default_factory=Terms)
     reduction: str = "mean"
     axes: Mapping[nn.Module, int] = field(default_factory=dict)
     refusal: UnsupportedError | None = None
@@ -100,6 +106,19 @@ class Step:
         if not self.sizes:
             raise no_micro_batch()
         return (len(self.sizes) if mean else sum(self.sizes)) / (self.loss_divisor or 1)
+
+    @property
+    def sum_is_mean(self) -> bool:
+        """Whether the loss is a sum over the examples that is divided by their number."""
+        return self.reduction == "mean" and not isinstance(self.loss, str) and self.loss.reduction == "sum"
+
+    def loss_factor(self) -> float:
+        """How often the loss holds the one that its graph has shown, apart from accumulation and scaling."""
+        if isinstance(self.loss, str):
+            return 1.0
+        factor = self.loss.factor / self.loss_scale * (self.terms.examples if self.sum_is_mean else 1)
+        divisor = self.loss_divisor or (len(self.sizes) if self.reduction == "mean" else 1)
+        return 1.0 if math.isclose(factor, 1.0, rel_tol=1e-5) else factor * divisor
 
     @property
     def metric(self) -> Any:
@@ -162,11 +181,16 @@ class Collector(ABC):
             where: What rests on it, as the beginning of a sentence that ends in "where the loss is known".
 
         Raises:
-            UnsupportedError: If the loss is not known, with the reason.
-            SampleSkippedError: If no micro-batch was seen.
+            UnsupportedError: If the loss is not known, with the reason, or divides by class weights.
+            SampleSkippedError: If no micro-batch was seen, or the loss divides by something else of it.
         """
-        if self.step.batch is not None:
+        refusal = None if self.step.batch is None else self.not_a_plain_mean("its parts do not add up")
+        if refusal is not None:
+            raise refusal
+        if self.step.batch is not None and self.training.loss_fn is not None:
             return self.step.batch
+        if self.step.batch is not None:
+            return self.step.batch.multiplied(self.step.loss_factor(), averaged=self.step.sum_is_mean)
         if not self.step.sizes:
             raise no_micro_batch()
         reason = self.step.loss if isinstance(self.step.loss, str) else "the network's call was not seen"
@@ -174,6 +198,26 @@ class Collector(ABC):
             f"{where}, and it is not: {reason}",
             fix="Pass loss_fn=, which maps outputs and targets to the loss.",
         )
+
+    def not_a_plain_mean(self, consequence: str) -> SampleSkippedError | UnsupportedError | None:
+        """Why examples do not add up to the gradient with equal weights; ``None`` where they do.
+
+        Args:
+            consequence: What follows, as the end of a sentence.
+        """
+        step, loss = self.step, self.step.loss
+        divides, fixed, fix = "", False, f"{ACCUMULATE}: batches then count as they are."
+        if not isinstance(loss, str) and loss.divides:
+            divides, fixed = loss.divides, loss.fixed
+        elif step.sizes:
+            divides = step.terms.divides(len(step.sizes), step.loss_scale)
+        if divides == OTHER:
+            divides = divides if self.training.loss_reduction is None else ""
+            fix = f'{fix[:-1]}. Where that number is always the same, write loss_reduction="sum" or "mean".'
+        if not divides:
+            return None
+        kind = UnsupportedError if fixed else SampleSkippedError
+        return kind(f"the loss divides by {divides} of each batch, so that {consequence}", fix=fix)
 
     @abstractmethod
     def result(self) -> Any:

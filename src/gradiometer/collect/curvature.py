@@ -19,6 +19,7 @@ from ..errors import SampleSkippedError, UnsupportedError
 from ..optimizers import family_of
 from ..stats.linalg import inner_products
 from .base import Collector, Memory, MomentName, Step, Training
+from .own_batch import OwnBatch
 from .snapshot import Curvature
 
 
@@ -35,6 +36,7 @@ class CurvatureCollector(Collector):
     def __init__(self, training: Training, step: Step, memory: Memory) -> None:
         super().__init__(training, step, memory)
         self._curvature: Curvature | None = None
+        self._batch: OwnBatch | None = None
 
     def before_step(self) -> None:
         """Make the passes while the weights are those of this batch's loss."""
@@ -49,6 +51,7 @@ class CurvatureCollector(Collector):
         parameters = self._moving()
         if not parameters:
             raise SampleSkippedError("no parameter has a gradient at this step")
+        self._batch = batch
         self._curvature = self._measure(parameters)
 
     def _moving(self) -> list[Tensor]:
@@ -64,8 +67,8 @@ class CurvatureCollector(Collector):
     def _split(
         self, parameters: list[Tensor], step: Callable[[list[Tensor]], list[Tensor]] | None = None
     ) -> SplitCurvature:
-        assert self.step.batch is not None
-        batch = self.step.batch
+        batch = self._batch
+        assert batch is not None
         return split_curvature(
             self.training.model,
             batch.loss_fn,

@@ -11,7 +11,7 @@ import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,11 @@ from .call import CallCapture, NetworkCall
 TOLERANCE = 1e-4
 EITHER = "either may count the examples"
 _SETS: tuple[tuple[int, ...], ...] = ((0,), (0, 1), (1, 0), (1, 2), (0, 1, 2))
+_TWICE = (0, 0)
+"""A single example beside itself."""
 _MOST_TRIES = 12
+_NONE_GROWS = "the network returns no tensor that grows with the examples and depends on its parameters"
+_COUPLED = "an example's output changes with the other examples of the batch, or is random"
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,14 @@ class OutputLayout:
         axis: The axis along which the examples are.
         rows: Entries of that axis per example.
         strided: Whether an example's entries are every n-th, rather than one block.
+        others: Whether an earlier tensor of the output was passed over: in it examples depend on others.
     """
 
     leaf: int
     axis: int
     rows: int = 1
     strided: bool = False
+    others: bool = False
 
     def examples_first(self, tensor: Tensor) -> Tensor:
         """The examples in the first dimension; several entries per example in the second.
@@ -280,8 +286,7 @@ def find_calling(
 def _chosen_output(call: NetworkCall, name: int | str | None) -> int | str | None:
     """The number of the leaf that was asked for; ``None`` where the first one that will do is taken."""
     if name is None:
-        name = "logits" if isinstance(call.output, Mapping) and "logits" in call.output else None
-        return None if name is None else named_leaf(call.output, name)
+        return named_leaf(call.output, "logits")
     number = named_leaf(call.output, name)
     if number is None:
         given = (
@@ -300,7 +305,7 @@ def _try_axis(
     count = first.shape[axis]
     reason = ""
     for axes in itertools.islice(_axes_of_all(leaves, first, axis, count), _MOST_TRIES):
-        sets = [numbers for numbers in _SETS if max(numbers) < count]
+        sets = [numbers for numbers in _SETS if max(numbers) < count] if count > 1 else [(0,), _TWICE]
         try:
             outputs = {numbers: _outputs(network, leaves, spec, axes, numbers) for numbers in sets}
             answer = _layout(outputs, chosen)
@@ -378,7 +383,7 @@ def _outputs(
 def _layout(outputs: Mapping[tuple[int, ...], list[Any]], chosen: int | None) -> OutputLayout | str:
     """Where the examples are in the outputs, if these are independent of each other."""
     numbers = range(len(outputs[0,])) if chosen is None else [chosen]
-    reason = "the network returns no tensor that grows with the examples and depends on its parameters"
+    reason, coupled = _NONE_GROWS, False
     for leaf in numbers:
         tensors = {index: of[leaf] for index, of in outputs.items() if leaf < len(of)}
         alone = tensors.get((0,))
@@ -387,19 +392,15 @@ def _layout(outputs: Mapping[tuple[int, ...], list[Any]], chosen: int | None) ->
         layouts = _growing(leaf, tensors)
         for layout in layouts:
             if _independent(layout, tensors):
-                return layout
+                return replace(layout, others=coupled)
         if layouts:
-            reason = "an example's output changes with the other examples of the batch"
-            if chosen is None and leaf + 1 < len(outputs[0,]):
-                continue
+            reason, coupled = _COUPLED, True
     return reason
 
 
 def _growing(leaf: int, tensors: Mapping[tuple[int, ...], Tensor]) -> list[OutputLayout]:
     """Along which axis the output grows with the examples, and in which ways they may be there."""
-    alone, pair = tensors[0,], tensors.get((0, 1))
-    if pair is None:  # a single example: it is taken to be in front
-        return [OutputLayout(leaf, 0, alone.shape[0])] if alone.ndim else []
+    alone, pair = tensors[0,], tensors[_TWICE if _TWICE in tensors else (0, 1)]
     if alone.ndim != pair.ndim:
         return []
     larger = [axis for axis in range(alone.ndim) if pair.shape[axis] != alone.shape[axis]]

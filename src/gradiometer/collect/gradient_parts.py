@@ -24,7 +24,7 @@ from ..errors import GradiometerError, SampleSkippedError, TooEarlyError, Unsupp
 from ..optimizers.adam import Preconditioner
 from ..optimizers.base import family_of
 from ..stats.linalg import accumulation_dtype, real_numbers, squared_norms
-from .base import Collector, Memory, MomentName, Step, Training, no_micro_batch
+from .base import ACCUMULATE, Collector, Memory, MomentName, Step, Training, no_micro_batch
 from .parameter_hooks import Received, entries
 from .parts_and_whole import Accounts, Balance, foreign
 from .snapshot import GradientParts
@@ -39,8 +39,7 @@ MOST_SINGLE = 64
 NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 Refusal: TypeAlias = SampleSkippedError | UnsupportedError
 """Why parts cannot be had, at this step or on this run."""
-_ACCUMULATE = "Accumulate over two or more micro-batches (Lightning: accumulate_grad_batches=2)"
-_INSTEAD = f"{_ACCUMULATE}, or pass loss_fn= to have batches split, or leave GradientNoiseScale out."
+_INSTEAD = f"{ACCUMULATE}, or pass loss_fn= to have batches split, or leave GradientNoiseScale out."
 _FOREIGN = (
     "per-example gradients are not available: the gradient is more than the sum over the examples (a penalty "
     "in the loss, a derivative of the gradient, weights tied by hand)"
@@ -364,7 +363,7 @@ class ExampleSource(_HookedSource):
 
     def _absent(self, balance: Balance) -> Refusal | None:
         """Why single examples were not seen at this step, or do not make up its gradient."""
-        reason = self.refusal or self._not_a_plain_mean()
+        reason = self.refusal or self.not_a_plain_mean("its gradient is no plain mean over the examples")
         if reason is not None:
             return reason
         if self._tape is None or self._received is None:
@@ -375,18 +374,6 @@ class ExampleSource(_HookedSource):
         if self._received.size != self._size or learned:
             return TooEarlyError("where the examples of a batch are was not known before its forward pass")
         return None
-
-    def _not_a_plain_mean(self) -> Refusal | None:
-        """Why single examples do not add up to the gradient with equal weights."""
-        loss = self.step.loss
-        if isinstance(loss, str) or not loss.divides:
-            return None
-        kind = UnsupportedError if loss.fixed else SampleSkippedError
-        return kind(
-            f"the loss divides by {loss.divides} of each batch, so that its gradient is no plain mean "
-            "over the examples",
-            fix=f"{_ACCUMULATE}: batches then count as they are.",
-        )
 
     def _accounted(self, seen: Collection[str]) -> Tensor | Refusal:
         """Note which parameters' gradients are more than the sums over the examples; the sample's weight.
@@ -483,12 +470,6 @@ class SplitSource(_Source):
             batch = self.own_batch("a batch can only be split where the loss is known")
         except (SampleSkippedError, UnsupportedError) as refusal:
             return refusal
-        if not isinstance(self.step.loss, str) and self.step.loss.divides:
-            return SampleSkippedError(
-                f"the loss divides by {self.step.loss.divides} of each batch, so that its parts do not "
-                "add up",
-                fix=f"{_ACCUMULATE}.",
-            )
         normalised = any(isinstance(m, _BatchNorm) and m.training for m in self.training.model.modules())
         least = FEWEST_NORMALISED if normalised else 1
         pieces = min(self.most_pieces, examples(batch.inputs) // least)

@@ -8,24 +8,19 @@ backward pass gives the call, which is made again and must give the same value b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..autodiff.untouched import in_own_pass
+from .graph_nodes import AS_IT_IS, FACTORS, REDUCTIONS, Reduction, ends_of, factor_of, only
+from .loss_terms import Terms, read_terms
 
-Reduction = Literal["none", "mean", "sum"]
-_REDUCTIONS: tuple[Reduction, ...] = ("none", "mean", "sum")
-_FACTORS = {"MulBackward0", "DivBackward0", "MulBackward1", "DivBackward1"}
-_AS_IT_IS = {
-    *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0", "CloneBackward0"),
-    *("SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2", "UnsqueezeBackward0", "ToCopyBackward0"),
-}
-_RESHAPES = _AS_IT_IS | {"TransposeBackward0", "TBackward0", "PermuteBackward0"}
+_RESHAPES = AS_IT_IS | {"TransposeBackward0", "TBackward0", "PermuteBackward0"}
 _ELEMENTWISE = {
     "MseLossBackward0": "mse_loss",
     "SmoothL1LossBackward0": "smooth_l1_loss",
@@ -49,6 +44,7 @@ class FoundLoss:
         reduction: Whether it is a mean or a sum over the examples.
         divides: What it divides by that differs from batch to batch, in words; empty where nothing does.
         fixed: Whether that is so in every batch.
+        factor: How often the tensor that is differentiated holds the loss.
     """
 
     name: str
@@ -59,6 +55,7 @@ class FoundLoss:
     reduction: Reduction = "mean"
     divides: str = ""
     fixed: bool = False
+    factor: float = 1.0
 
 
 @dataclass
@@ -73,6 +70,8 @@ class BackwardWatch:
     passes: int = 0
     loss: FoundLoss | str = "no backward pass was seen"
     """The loss, or why it is not known."""
+    terms: Terms = field(default_factory=Terms)
+    """What it is divided by, also where it is not known."""
     _original: Any = field(default=None, repr=False)
     _wrapped: Any = field(default=None, repr=False)
 
@@ -104,7 +103,9 @@ class BackwardWatch:
             self.loss = "several tensors are differentiated at once"
         else:
             try:
-                self.loss = read_loss(root, self.outputs())
+                outputs = self.outputs()
+                self.terms = read_terms(root, outputs)
+                self.loss = read_loss(root, outputs)
             except Exception as error:  # private names of another torch; the user's pass goes on
                 self.loss = f"its graph could not be read ({type(error).__name__})"
 
@@ -122,16 +123,12 @@ def read_loss(root: Tensor, outputs: Sequence[Any]) -> FoundLoss | str:
         >>> loss.name, loss.reduction, loss.target.tolist()
         ('cross_entropy', 'mean', [0, 1, 2, 0])
     """
-    ends = {
-        id(leaf.grad_fn): (number, leaf)
-        for number, leaf in enumerate(outputs)
-        if isinstance(leaf, Tensor) and leaf.grad_fn is not None
-    }
+    ends = ends_of(outputs)
     factor, node = _without_factors(root.grad_fn)
     reduction: Reduction | None = None
     if node is not None and node.name() in ("MeanBackward0", "SumBackward0"):
         reduction = "mean" if node.name() == "MeanBackward0" else "sum"
-        node = _only(node)
+        node = only(node)
     guesses = _guesses(node, reduction, ends)
     if isinstance(guesses, str):
         return guesses
@@ -141,7 +138,7 @@ def read_loss(root: Tensor, outputs: Sequence[Any]) -> FoundLoss | str:
             value = guess.function(leaf, guess.target) * factor
             rough = leaf.dtype in (torch.float16, torch.bfloat16)
             if torch.isclose(value.to(root), root.detach(), rtol=2e-2 if rough else 1e-5, atol=1e-12).item():
-                return guess
+                return replace(guess, factor=factor)
     return "made again from the network's output it has another value"
 
 
@@ -150,27 +147,20 @@ def _without_factors(node: Any) -> tuple[float, Any]:
     factor = 1.0
     while node is not None:
         name = node.name()
-        if name in _FACTORS:
-            others = [getattr(node, key, None) for key in ("_saved_other", "_saved_self")]
-            number = next((other for other in others if other is not None), None)
-            if number is None or (isinstance(number, Tensor) and number.numel() != 1):
+        if name in FACTORS:
+            number = factor_of(node)
+            if number is None:
                 return factor, node
-            factor = factor * float(number) if name.startswith("Mul") else factor / float(number)
-        elif name not in _AS_IT_IS:
+            factor *= number
+        elif name not in AS_IT_IS:
             return factor, node
-        before, node = node, _only(node)
+        before, node = node, only(node)
         if node is None:
             return factor, before
     return factor, node
 
 
-def _only(node: Any) -> Any:
-    """The one node that a node's gradient goes to; ``None`` where there are several."""
-    following = [other for other, _ in node.next_functions if other is not None]
-    return following[0] if len(following) == 1 else None
-
-
-def _guesses(node: Any, reduction: Reduction | None, ends: Mapping[int, Any]) -> list[FoundLoss] | str:
+def _guesses(node: Any, reduction: Reduction | None, ends: Mapping[Any, Any]) -> list[FoundLoss] | str:
     """The calls that may have made a node; their values are compared later."""
     name = "nothing" if node is None else node.name()
     smoothing = 0.0
@@ -191,37 +181,37 @@ def _smoothed(node: Any) -> tuple[Any, float] | None:
     """The cross entropy within one that smooths its labels, and how much it does."""
     for following, _ in node.next_functions:
         if following is not None and following.name() == "MulBackward1":
-            inner = _only(following)
+            inner = only(following)
             if inner is not None and inner.name().startswith("NllLoss"):
                 return inner, 1.0 - float(following._saved_other)
     return None
 
 
-def _to_output(node: Any, ends: Mapping[int, Any]) -> tuple[int, Tensor] | str:
+def _to_output(node: Any, ends: Mapping[Any, Any]) -> tuple[int, Tensor] | str:
     """The output behind reshapes."""
-    while node is not None and id(node) not in ends:
+    while node is not None and node not in ends:
         if node.name() not in _RESHAPES:
             return f"between the network's output and the loss stands {node.name().removesuffix('Backward0')}"
-        node = _only(node)
-    return "it is not made from the network's output" if node is None else ends[id(node)]
+        node = only(node)
+    return "it is not made from the network's output" if node is None else ends[node]
 
 
 def _classes(
-    node: Any, reduction: Reduction | None, smoothing: float, ends: Mapping[int, Any]
+    node: Any, reduction: Reduction | None, smoothing: float, ends: Mapping[Any, Any]
 ) -> list[FoundLoss] | str:
     """Cross entropy, or its second half where the network returns log-probabilities."""
-    softmax = _only(node)
-    while softmax is not None and id(softmax) not in ends and softmax.name() in _AS_IT_IS:
-        softmax = _only(softmax)
-    over_logits = softmax is not None and id(softmax) not in ends and softmax.name() == "LogSoftmaxBackward0"
-    end = _to_output(_only(softmax) if over_logits else softmax, ends)
+    softmax = only(node)
+    while softmax is not None and softmax not in ends and softmax.name() in AS_IT_IS:
+        softmax = only(softmax)
+    over_logits = softmax is not None and softmax not in ends and softmax.name() == "LogSoftmaxBackward0"
+    end = _to_output(only(softmax) if over_logits else softmax, ends)
     if isinstance(end, str):
         return end
     number, output = end
     ignored = node._saved_ignore_index
     ignored = ignored - 2**64 if ignored >= 2**63 else ignored
     weight, target = node._saved_weight, node._saved_target.detach().clone()
-    inner = _REDUCTIONS[node._saved_reduction]
+    inner = REDUCTIONS[node._saved_reduction]
     call = partial(
         _cross_entropy,
         smoothing=smoothing,
@@ -291,19 +281,19 @@ def _placed(target: Tensor, shape: torch.Size) -> list[Tensor]:
     return ways
 
 
-def _elements(node: Any, reduction: Reduction | None, ends: Mapping[int, Any]) -> list[FoundLoss] | str:
+def _elements(node: Any, reduction: Reduction | None, ends: Mapping[Any, Any]) -> list[FoundLoss] | str:
     """A loss of each element of the output."""
     by_hand = node.name() in _BY_HAND
-    behind = _only(node)
+    behind = only(node)
     squashed = False
     options: dict[str, Any] | str
     if by_hand:
         if behind is None or behind.name() != "SubBackward0" or getattr(node, "_saved_exponent", 2) != 2:
             return f"{node.name()} is none of torch's losses that are known here"
         sign = 1.0 if behind.next_functions[0][0] is not None else -1.0
-        difference, behind = node._saved_self * sign, _only(behind)
-    elif behind is not None and behind.name() == "SigmoidBackward0" and id(behind) not in ends:
-        squashed, behind = True, _only(behind)
+        difference, behind = node._saved_self * sign, only(behind)
+    elif behind is not None and behind.name() == "SigmoidBackward0" and behind not in ends:
+        squashed, behind = True, only(behind)
     end = _to_output(behind, ends)
     if isinstance(end, str):
         return end
@@ -315,7 +305,7 @@ def _elements(node: Any, reduction: Reduction | None, ends: Mapping[int, Any]) -
             return "its targets have another shape than the output"
         target = (output.detach().reshape(difference.shape) - difference).detach()
     else:
-        name, inner = _ELEMENTWISE[node.name()], _REDUCTIONS[node._saved_reduction]
+        name, inner = _ELEMENTWISE[node.name()], REDUCTIONS[node._saved_reduction]
         target = node._saved_target.detach().clone()
         options = _options(node, output)
         if isinstance(options, str):

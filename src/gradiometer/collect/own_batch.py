@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..autodiff.functional import call
+from ..autodiff.functional import call, examples
 from .call import NetworkCall
 from .examples_axis import Calling, OutputLayout
 from .loss_graph import FoundLoss
@@ -32,6 +32,21 @@ class OwnBatch:
     targets: Any
     loss_fn: LossFunction
     forward: Callable[[nn.Module, Any], Any] = call
+
+    def multiplied(self, factor: float, *, averaged: bool) -> OwnBatch:
+        """The same with a multiple of the loss.
+
+        Args:
+            factor: How often.
+            averaged: Whether the loss is a sum over the examples, and their mean is meant.
+        """
+        if factor == 1.0 and not averaged:
+            return self
+
+        def loss_fn(output: Any, targets: Any) -> Tensor:
+            return self.loss_fn(output, targets) * (factor / (examples(targets) if averaged else 1))
+
+        return replace(self, loss_fn=loss_fn)
 
 
 def batch_with_found_loss(calling: Calling, seen: NetworkCall, loss: FoundLoss) -> OwnBatch:

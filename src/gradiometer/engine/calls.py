@@ -7,7 +7,7 @@ the batch itself is needed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,10 +27,21 @@ from ..collect.examples_axis import (
     output_leaves_of,
 )
 from ..collect.loss_graph import BackwardWatch, FoundLoss
+from ..collect.loss_terms import Terms
 from ..collect.own_batch import OwnBatch, batch_with_found_loss, batch_with_given_loss, layout_of_targets
 from ..collect.trial import trace_of_a_pass
 from ..errors import UnsupportedError
 from .step import StepUnderWay
+
+_PASSED_OVER = (
+    "the network returns several tensors, and of an earlier one an example's entries change with the other "
+    "examples of the batch, or at random: kernel and Jacobian are those of tensor {0} (counted from 0). "
+    "Write output= to say which is meant."
+)
+_NO_AXIS = (
+    "Pass forward=, which maps model and batch to outputs [N, O], and batches whose tensors all begin with "
+    "the N examples."
+)
 
 
 @dataclass(frozen=True)
@@ -92,9 +103,13 @@ class Calls:
         self.understood = False
         self.refusal: UnsupportedError | None = None
         """Why the examples of a batch are not known."""
+        self.remark = ""
+        """What the user must be told of what was learned."""
         self.axes: dict[nn.Module, int] = {}
         """The examples' axis of the input of each layer, where it was tried."""
         self.loss: FoundLoss | str = "no backward pass was seen"
+        self.terms = Terms()
+        self._reduction: str | None = None
         self._calling: Calling | None = None
         self._ordinary = True
         self._size_axis: int | None = hints.batch_dim or 0
@@ -105,8 +120,7 @@ class Calls:
     @property
     def reduction(self) -> str:
         """Whether the loss is a mean or a sum over the examples, as far as is known."""
-        from_graph = None if isinstance(self.loss, str) else self.loss.reduction
-        return self._training.loss_reduction or from_graph or "mean"
+        return self._training.loss_reduction or self._reduction or "mean"
 
     def size(self, x: Any) -> int:
         """Examples in a micro-batch, 0 where that is not known before the network is called.
@@ -117,10 +131,10 @@ class Calls:
         Raises:
             InputError: If there is none.
         """
+        if self._size_axis is None or self.refusal is not None:
+            return self._last_size
         if self._size_axis == 0 and isinstance(x, Tensor) and x.ndim and x.shape[0]:
             return x.shape[0]
-        if self._size_axis is None:
-            return self._last_size
         if self._size_axis == 0 and (self.understood or _is_batch(x)):
             return examples(x)
         leaves = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
@@ -180,9 +194,21 @@ class Calls:
             self.loss = self._of_network(listening, seen)
         if seen is not None and self._calling is not None:
             self._learn_size(step, shown.x, len(self._calling.inputs(seen)[0][0]))
-        step.loss, step.reduction, step.axes = self.loss, self.reduction, self.axes
+        if listening is not None:
+            self.terms = replace(listening.watch.terms, examples=step.sizes[-1])
+        step.loss, step.terms, step.axes = self.loss, self.terms, self.axes
         step.batch = self._own_batch(seen, copied)
         return capture
+
+    def settle(self, step: StepUnderWay) -> None:
+        """Find out whether the loss is a mean or a sum, once its scale and the micro-batches are known.
+
+        Args:
+            step: The step under way, before its update.
+        """
+        if step.takings and step.sizes:
+            self._reduction = self.terms.reduction(len(step.sizes), step.loss_scale)
+        step.reduction = self.reduction
 
     def _call_in(self, capture: CallCapture) -> NetworkCall | None:
         path = None if self._calling is None else self._calling.path
@@ -238,15 +264,17 @@ class Calls:
             # a model that takes the batch as it is has its own reasons when it is run
             self.refusal = UnsupportedError(
                 f"which dimension counts the examples could not be found: {reasons[0]}",
-                fix="Write batch_dim=0 (or 1), or pass forward=, which maps model and batch to outputs.",
+                fix="Write batch_dim=0 (or 1)." if EITHER in reasons[0] else _NO_AXIS,
             )
 
     def _take_up(self, calling: Calling, seen: NetworkCall, x: Any) -> None:
         self._calling = calling
+        if calling.layout.others:
+            self.remark = _PASSED_OVER.format(calling.layout.leaf)
         varying, shared = calling.inputs(seen)
         self.axes = module_axes(self._training.model, calling, varying, shared)
         first_axis = calling.axes == (0,) and calling.layout.axis == 0 and calling.layout.rows == 1
-        self._ordinary = first_axis and _is_plain(seen, x)
+        self._ordinary = first_axis and _is_plain(seen, x) and isinstance(seen.output, Tensor)
         if self._ordinary or self._hints.probe_is_given:
             return
 
@@ -269,6 +297,8 @@ class Calls:
     def _of_network(self, listening: Listening, seen: NetworkCall | None) -> FoundLoss | str:
         """The loss, if it is one of the output that is looked at."""
         loss = listening.watch.loss
+        if listening.watch.passes and not listening.capture.calls:
+            return "the network itself was not called inside monitor.micro_batch"
         if isinstance(loss, str):
             return loss
         if seen is None or self._calling is None:

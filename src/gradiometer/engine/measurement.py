@@ -137,6 +137,7 @@ class Measurement(Resumable):
     def _learn(self, step: StepUnderWay, shown: Shown) -> None:
         """Take the probe, at the first batch."""
         capture = self.calls.heard(step, shown)
+        self._tell(self.calls.remark)
         step.refusal = self.calls.refusal
         if self.probe is None and step.refusal is None and self.instruments.measure:
             try:
@@ -171,6 +172,7 @@ class Measurement(Resumable):
             compiler=self.compiler,
             reduction=self.calls.reduction,
             loss=self.calls.loss,
+            terms=self.calls.terms,
             axes=self.calls.axes,
             refusal=self.calls.refusal,
             recording=any(taking.recording or taking.thorough for taking in takings),
@@ -264,6 +266,7 @@ class Measurement(Resumable):
         self._tell(self.step_watch.step_announced())
         self._agree()
         step.apart = self.ranks.apart
+        self.calls.settle(step)
         with self.steering.rates_in_force():
             step.before_step()
             early = [taking for taking in step.takings if not taking.done and taking.needs <= EARLY]

@@ -48,8 +48,8 @@ def check_one_gradient(sums: Tensor) -> None:
     Raises:
         SampleSkippedError: With what may have come between.
     """
-    parts, whole, sq_norm, slack = sums.tolist()
-    if abs(parts - whole) > _TOLERANCE * sq_norm**0.5 + slack:
+    parts, batch, sq_norm, slack = sums.tolist()
+    if abs(parts - batch) > _TOLERANCE * sq_norm**0.5 + slack:
         raise SampleSkippedError(
             "the gradient in .grad is not the mean over the processes of what their backward passes gave: it "
             "was changed (clipped, or summed instead of averaged), or a backward pass was made outside "
