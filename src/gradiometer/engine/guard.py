@@ -62,6 +62,8 @@ class Guard:
 def contained(moment: str) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
     """Mark a method of our own work inside the user's loop: timed, and its errors contained.
 
+    An interrupt goes through, once ``interrupted()`` has taken everything off.
+
     Such methods do not call each other, so that no time counts twice. A decorator, since a context made at
     each call would be an object on every step.
 
@@ -81,6 +83,9 @@ def contained(moment: str) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
                     raise
                 guard.warn(f"measuring failed {moment}: {description_of(error)} Training goes on.")
                 return None
+            except BaseException:
+                arguments[0].interrupted()  # type: ignore[attr-defined]
+                raise
             finally:
                 guard.seconds += perf_counter() - began
 

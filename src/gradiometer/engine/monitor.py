@@ -318,6 +318,12 @@ class Monitor:
             self._measurement.abandon(self._step)
             self._step = None
 
+    def interrupted(self) -> None:
+        """An interrupt came in the middle of our own work: this step is not measured, and no hook stands."""
+        self._shown = None
+        self._measurement.calls.stop()
+        self._abandon_step()
+
     # -- life --------------------------------------------------------------------------------------
 
     @property
