@@ -1071,7 +1071,38 @@ def packed_sequences():
     )
 
 
+class BatchLast(nn.Module):
+    """Images ``[C, H, W, B]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 3, 3, padding=1), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.conv(x.permute(3, 0, 1, 2))).mean((2, 3)))
+
+
+def images_with_the_batch_last():
+    net = BatchLast().double()
+    optimizer = sgd(net)
+    x, y = draws(1, 4, 4, B), whole(3, B)
+
+    def call(i):
+        a = x[..., at(i)].clone().requires_grad_()
+        return net(a)[0], [a]
+
+    return Script(
+        net,
+        optimizer,
+        lines(net, optimizer, (x, y), lambda: F.cross_entropy(net(x), y)),
+        lambda: [F.cross_entropy(net(x[..., at(i)]), y[at(i)]) for i in range(B)],
+        call,
+        loss="cross_entropy",
+    )
+
+
 SCRIPTS = {
+    "images_with_the_batch_last",
     "vae",
     "generator_behind_a_discriminator",
     "discriminator_with_two_backward_passes",

@@ -258,13 +258,16 @@ def find_calling(
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
     if not tensors:
         return "the network was called without any tensor"
-    axes = [batch_dim] if batch_dim is not None else list(range(min(2, tensors[0].ndim)))
+    last = tensors[0].ndim - 1
+    axes = [batch_dim] if batch_dim is not None else list(range(min(2, last + 1))) + [last] * (last > 1)
     fitting: list[Calling] = []
     reasons: list[str] = []
     network = model.get_submodule(call.path)
     with measuring(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user's own pass has given them
         for axis in axes:
+            if axis > 1 and fitting and batch_dim is None:  # only where neither of the first two will do
+                break
             answer = _try_axis(network, call.path, leaves, spec, tensors[0], axis, leaf)
             if isinstance(answer, Calling):
                 fitting.append(answer)

@@ -98,7 +98,7 @@ class BackwardWatch:
         self.passes += 1
         root = tensors if isinstance(tensors, Tensor) else tensors[0] if len(tensors) == 1 else None
         if self.passes > 1:
-            self.loss = "the step makes several backward passes"
+            self.loss, self.terms = "the step makes several backward passes", Terms()
         elif root is None or root.numel() != 1:
             self.loss = "several tensors are differentiated at once"
         else:
